@@ -1,0 +1,89 @@
+"""TWIN: target attention over the newest items beside top-k target attention over the whole history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.target_attention import TargetAttention
+
+
+class TwinBlock(nn.Module):
+    """TWIN's interest module as LongCTR has it: ``[short ; long]``, each of the item's width d.
+
+    The short branch attends to the newest ``short_seq_len - 1`` items (LongCTR's "50" means 49), the long branch to the
+    ``topk`` best-scored items of the history. Rows shorter than either are read as they are; empty rows give zeros.
+
+    Args:
+        item_dim: d, width of an item vector.
+        wrap_long: builds the long branch from its factory; a mixture of experts over the long branch alone goes here.
+        attention_dim: width of the attention space over all heads.
+        num_heads: heads; must divide ``attention_dim``.
+        attention_dropout: dropout on attention weights.
+        short_seq_len: the short branch reads one item fewer than this.
+        topk: history items kept per head by the long branch.
+        Kc_cross_features: only 0 (LongCTR's code for cross features cannot run).
+        longctr_compat: reproduce LongCTR's short window, whose mask is shifted by one column against its items, and its
+            attention to padding in empty rows.
+
+    Raises:
+        ValueError: ``short_seq_len`` < 2, ``topk`` < 1, or cross features.
+
+    Source: Chang et al., TWIN, KDD 2023 (arXiv 2302.02352), eq. 6-9, as configured in LongCTR.
+    """
+
+    #: parameter names of LongCTR's TWIN that differ from ours
+    LONGCTR_NAMES: ClassVar[dict[str, str]] = {"long_attention.W_h.": "long_attention.W_k."}
+
+    def __init__(
+        self,
+        item_dim: int,
+        wrap_long: Callable[[Callable[[], nn.Module]], nn.Module] | None = None,
+        *,
+        attention_dim: int = 64,
+        num_heads: int = 1,
+        attention_dropout: float = 0.0,
+        short_seq_len: int = 50,
+        topk: int = 50,
+        Kc_cross_features: int = 0,
+        longctr_compat: bool = False,
+    ) -> None:
+        super().__init__()
+        if short_seq_len < 2:
+            raise ValueError(f"short_seq_len must be at least 2, not {short_seq_len}")
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, not {topk}")
+        if Kc_cross_features:
+            raise ValueError("Kc_cross_features must be 0: LongCTR's cross features never ran")
+        self.short_seq_len = short_seq_len
+        self.longctr_compat = longctr_compat
+        self.short_attention = TargetAttention(
+            item_dim, attention_dim, num_heads, attention_dropout, attend_padding=longctr_compat
+        )
+
+        def long_branch() -> TargetAttention:
+            return TargetAttention(
+                item_dim, attention_dim, num_heads, attention_dropout, topk, attend_padding=longctr_compat
+            )
+
+        self.long_attention = wrap_long(long_branch) if wrap_long else long_branch()
+        self.out_dim = item_dim + self.long_attention.out_dim
+
+    def forward(self, query: Tensor, sequence: Sequence) -> Tensor:
+        """``[B, 2d]`` interest of each row towards its target ``query [B, d]``."""
+        short = self._longctr_window(sequence) if self.longctr_compat else sequence.last(self.short_seq_len - 1)
+        return torch.cat([self.short_attention(query, short), self.long_attention(query, sequence)], dim=-1)
+
+    def _longctr_window(self, sequence: Sequence) -> Sequence:
+        """LongCTR's slices ``[-S:-1]`` of L+1 item columns and of L mask columns: the mask lags the items by one."""
+        size, length = self.short_seq_len, sequence.index.shape[1]
+        if length < size:
+            raise ValueError(
+                f"longctr_compat: LongCTR cannot run a batch padded to {length} items when short_seq_len is {size}; "
+                "set longctr_compat: False, or a smaller short_seq_len"
+            )
+        return Sequence(sequence.items, sequence.index[:, 1 - size :], sequence.mask[:, -size:-1])

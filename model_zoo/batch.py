@@ -1,0 +1,84 @@
+"""What a batch is: item indices and row values, and the item table that gives the indices their features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: LongCTR's batch: context and label columns, flat item feature columns (history then target), history mask
+LongCTRBatch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B impressions.
+
+    Attributes:
+        history: ``[B, L]`` int32 item indices, oldest first, left-padded with 0.
+        target: ``[B]`` int32 item index.
+        context: context feature columns, ``[B]`` or ``[B, m]``.
+        label: ``[B]`` float32.
+        group: ``[B]`` int64 group of the grouped metrics, or None.
+        rows: ``[B]`` int64 row numbers in the split's file.
+    """
+
+    history: Tensor
+    target: Tensor
+    context: dict[str, Tensor]
+    label: Tensor
+    group: Tensor | None
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return self.target.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """This batch with its model inputs and label on ``device`` (groups and row numbers stay)."""
+        if self.target.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("history", "target", "label")}
+        context = {name: column.to(device, non_blocking=True) for name, column in self.context.items()}
+        return replace(self, context=context, **moved)
+
+    def select(self, rows: Tensor) -> Batch:
+        """The given rows (int64 ``[R]``), padded as before."""
+        chosen: dict[str, Any] = {
+            field.name: value[rows]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, context={name: column[rows] for name, column in self.context.items()}, **chosen)
+
+
+class ItemFeatures(nn.Module):
+    """Feature columns of every item, row = item index, on the model's device and out of its checkpoints.
+
+    Args:
+        columns: name to tensor ``[N]`` (categorical, numeric), ``[N, m]`` (sequence, embedding); row 0 is padding.
+    """
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = list(columns)
+        for name, column in columns.items():
+            self.register_buffer(f"column_{name}", column, persistent=False)
+
+    @property
+    def num_items(self) -> int:
+        """N, padding included."""
+        return self.column(self.names[0]).shape[0]
+
+    def column(self, name: str) -> Tensor:
+        """The whole column ``name``."""
+        return self.get_buffer(f"column_{name}")
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """The features of the items ``index`` (int64)."""
+        return {name: self.column(name)[index] for name in self.names}
+
+
+#: what every model accepts
+AnyBatch = Batch | LongCTRBatch

@@ -1,0 +1,122 @@
+"""What a run says: before training, at its end, and for ``--dry-run``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import polars as pl
+
+from model_zoo.errors import DataError
+from model_zoo.experiment.config import Config
+from model_zoo.pipeline.dataset import CTRDataset
+from model_zoo.sequential_ctr import SequentialCTR
+
+logger = logging.getLogger("model_zoo")
+
+
+def announce(params: dict[str, Any], dataset: CTRDataset, model: SequentialCTR, seconds: float) -> None:
+    """One paragraph: model, parameters, data."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items())
+    rows = ", ".join(f"{name} {len(split):,}" for name, split in dataset.splits.items())
+    lengths = dataset.histories.lengths
+    logger.info("%s on %s, seed %d, %s", params["model_id"], params["dataset_id"], params["seed"], model.device)
+    logger.info("parameters: %s", counts)
+    logger.info(
+        "data: rows %s; %s users, %s items, history mean %.0f, longest %d; loaded in %.1f s",
+        rows, f"{len(lengths):,}", f"{dataset.num_items - 1:,}", lengths.mean(), lengths.max(), seconds,
+    )  # fmt: skip
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Plain text columns, the first left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def summary(result: dict[str, Any], folder: str, results_table: str) -> None:
+    """The closing table: phases, scores, baselines, codebooks, files."""
+    metrics = list(result["scores"]["final"]["valid"])
+    splits = list(result["scores"]["final"])
+    header = ["", "epochs", "seconds", *(f"{split} {name}" for split in splits for name in metrics)]
+    rows = []
+    phases = list(dict.fromkeys(entry["phase"] for entry in result["history"]))
+    for phase in phases:
+        entries = [entry for entry in result["history"] if entry["phase"] == phase]
+        best = [entry for entry in entries if entry["best"]] or entries
+        seconds = sum(entry["seconds"] + entry["eval_seconds"] for entry in entries)
+        known = result["scores"].get(phase) or ({"valid": best[-1]["valid"]} if len(phases) > 1 else {})
+        if phase == phases[-1]:
+            known = result["scores"]["final"]
+        shown = [_figure(known.get(split, {}).get(name)) for split in splits for name in metrics]
+        rows.append([phase, str(entries[-1]["epoch"]), f"{seconds:.1f}", *shown])
+    for name in result["baselines"][splits[0]]:
+        shown = [_figure(result["baselines"][split][name].get(metric)) for split in splits for metric in metrics]
+        rows.append([name, "", "", *shown])
+    text = [table(header, rows)]
+    if "phase1" in result["scores"]:
+        text.append(_verdict(result, splits[-1]))
+    for router, usage in result.get("codebook_usage", {}).items():
+        share = " ".join(f"{value:.3f}" for value in usage["share"])
+        text.append(
+            f"{router} codebook: share of tokens {share}; entropy {usage['entropy']:.2f} of 1; top-1 margin "
+            f"{usage['margin']:.3f}; an expert reads {usage['routed']:.2f} of a history"
+        )
+    text.append(
+        f"{result['seconds']['total']:.0f} s in all, peak memory {result['peak_memory']['resident_mib']:.0f} MiB\n"
+        f"run folder: {folder}\nresults:    {results_table}"
+    )
+    logger.info("\n%s", "\n".join(text))
+
+
+def _verdict(result: dict[str, Any], split: str) -> str:
+    """Did the method help, in one line."""
+    final, backbone = result["scores"]["final"][split], result["scores"]["phase1"][split]
+    changes = [
+        f"{name} {final[name] - backbone[name]:+.6f}"
+        for name in final
+        if name not in ("logloss", "binary_crossentropy")
+    ]
+    return f"against its own backbone (phase 1) on {split}: {', '.join(changes)}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
+
+
+def dry_run(config: Config, params: dict[str, Any], model: SequentialCTR) -> str:
+    """The merged config with origins, parameter counts and data sizes.
+
+    Raises:
+        DataError: a data file is missing or unreadable (after everything else was shown).
+    """
+    width = max(len(key) for key in params)
+    lines = [f"{config.expid}: merged configuration"]
+    for key in sorted(params):
+        value = f"{len(params[key])} features" if key == "feature_cols" else params[key]
+        lines.append(f"  {key.ljust(width)}  {value!s:<40} {config.origin.get(key, 'default')}")
+    lines.append("parameters: " + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()))
+    missing = []
+    for key in ("train_data", "valid_data", "test_data", "user_info", "item_info"):
+        path = params.get(key)
+        if not path:
+            continue
+        if not os.path.exists(path):
+            missing.append(path)
+            lines.append(f"{key}: {path}: missing")
+            continue
+        try:
+            rows = pl.scan_parquet(path).select(pl.len()).collect().item()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+        lines.append(f"{key}: {path}: {rows:,} rows, {os.path.getsize(path) / 2**20:.1f} MiB")
+    print("\n".join(lines))
+    if missing:
+        raise DataError(f"{missing[0]}: no such file; see data/README.md for how to get or build the data set")
+    return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""One experiment from a validated config: data, model, training, scores, record."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from model_zoo.compat import seed_everything
+from model_zoo.errors import ConfigError, DataError, UserError
+from model_zoo.experiment import record, report
+from model_zoo.experiment.config import Config
+from model_zoo.pipeline.baselines import popularity_baselines
+from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset
+from model_zoo.pipeline.feature_map import build_feature_map
+from model_zoo.pipeline.loader import SequenceLoader
+from model_zoo.pipeline.pretrained_vectors import load_pretrained
+from model_zoo.registry import get_model
+from model_zoo.sequential_ctr import SequentialCTR
+from model_zoo.three_phase import ThreePhaseCTR
+
+logger = logging.getLogger("model_zoo")
+
+PATH_KEYS = ("train_data", "valid_data", "test_data", "user_info", "item_info")
+
+
+def resolve_paths(params: dict[str, Any], root: str) -> None:
+    """Make the data paths absolute: relative to the working directory if the file is there, else to the repository."""
+    for key in PATH_KEYS:
+        path = params.get(key)
+        if path and not os.path.isabs(path):
+            params[key] = os.path.abspath(path) if os.path.exists(path) else os.path.normpath(os.path.join(root, path))
+    params["model_root"] = os.path.join(root, params["model_root"])
+    params["data_root"] = os.path.join(root, params.get("data_root") or "data")
+
+
+def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | None) -> SequentialCTR:
+    """The experiment's model, its item table beside it.
+
+    Raises:
+        ConfigError: a value that the model's constructor refuses.
+    """
+    pretrained = load_pretrained(feature_map, params["embedding_dim"])
+    items = dataset.item_features() if dataset else None
+    try:
+        return get_model(params["model"])(feature_map, item_features=items, pretrained=pretrained, **params)
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{params['model_id']}: {error}") from None
+
+
+def check_device(gpu: int) -> None:
+    """Refuse a GPU that is not there."""
+    if gpu < 0:
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--gpu {gpu}: torch {torch.__version__} finds no CUDA device; leave --gpu out to run on the CPU")
+    if gpu >= torch.cuda.device_count():
+        raise ConfigError(f"--gpu {gpu}: there are {torch.cuda.device_count()} CUDA device(s), numbered from 0")
+
+
+def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> dict[str, Any]:
+    """Train and score; returns what ``metrics.json`` holds."""
+    started = time.perf_counter()
+    check_device(params["gpu"])
+    resolve_paths(params, root)
+    seed_everything(params["seed"])
+    feature_map = build_feature_map(params)
+    dataset = load_dataset(feature_map, params)
+    check_labels(dataset, [*params["metrics"], *_monitored(params["monitor"])])
+    model = build_model(params, feature_map, dataset)
+    loaders = make_loaders(dataset, params)
+    folder = record.new_run_folder(params["model_root"], params["dataset_id"], params["model_id"], params["seed"])
+    handler = _log_to(os.path.join(folder, "run.log"))
+    try:
+        record.write_yaml(os.path.join(folder, "config.yaml"), {config.expid: params})
+        model.place_checkpoints(folder)
+        report.announce(params, dataset, model, time.perf_counter() - started)
+        seed_everything(params["seed"])
+        fit_started = time.perf_counter()
+        model.fit(
+            loaders["train"],
+            epochs=params["epochs"],
+            validation_data=loaders["valid"],
+            max_gradient_norm=params["max_gradient_norm"],
+        )
+        fit_seconds = time.perf_counter() - fit_started
+        result = score(model, dataset, loaders, params)
+        result |= {
+            "expid": config.expid,
+            "dataset_id": params["dataset_id"],
+            "model": params["model"],
+            "seed": params["seed"],
+            "config": params,
+            "history": model.history,
+            "parameters": model.parameter_counts(),
+            "data_fingerprint": dataset.fingerprint(),
+            "seconds": {"fit": fit_seconds, "total": time.perf_counter() - started},
+            "peak_memory": record.peak_memory(),
+            "checkpoint": os.path.basename(model.checkpoint),
+            **record.environment(root),
+        }
+        record.write_json(os.path.join(folder, "metrics.json"), result)
+        table = os.path.join(params["model_root"], f"{os.path.basename(os.path.normpath(config_dir))}.csv")
+        record.append_result(table, " ".join(sys.argv), config.expid, params["dataset_id"], result["scores"]["final"])
+        report.summary(result, folder, table)
+        return result
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def make_loaders(dataset: CTRDataset, params: dict[str, Any]) -> dict[str, SequenceLoader]:
+    """A loader per split; only training is shuffled."""
+    if params.get("batch_norm") and min(params["batch_size"], len(dataset.splits["train"])) < 2:
+        raise DataError(f"{dataset.splits['train'].path}: batch_norm needs at least two rows a batch")
+    return {
+        name: SequenceLoader(
+            dataset,
+            name,
+            params["batch_size"],
+            params["max_len"],
+            shuffle=name == "train" and params["shuffle"],
+            seed=params["seed"],
+        )
+        for name in dataset.splits
+    }
+
+
+def score(
+    model: SequentialCTR, dataset: CTRDataset, loaders: dict[str, SequenceLoader], params: dict[str, Any]
+) -> dict[str, Any]:
+    """Scores of the final model and of phase 1's backbone, of popularity, and the codebooks' usage."""
+    splits = [name for name in ("valid", "test") if name in loaders]
+    scores = {"final": {name: model.evaluate(loaders[name]) for name in splits}}
+    result: dict[str, Any] = {
+        "baselines": {name: popularity_baselines(dataset, name, params["metrics"]) for name in splits}
+    }
+    if isinstance(model, ThreePhaseCTR) and model.expert_modules():
+        result["codebook_usage"] = model.codebook_usage(loaders["valid"])
+        model.load_weights(model.phase_checkpoint("phase1"))
+        scores["phase1"] = {name: model.evaluate(loaders[name]) for name in splits}
+        model.load_weights(model.final_checkpoint)
+    return {"scores": scores, **result}
+
+
+def _monitored(monitor: str | dict[str, float]) -> list[str]:
+    return [monitor] if isinstance(monitor, str) else list(monitor)
+
+
+def _log_to(path: str) -> logging.Handler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler

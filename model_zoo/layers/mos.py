@@ -1,0 +1,280 @@
+"""MoS, Mixture of Sequence: theme-routed item and window experts beside the global one, in place of a sequence block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model_zoo.layers.random_state import isolated_rng
+from model_zoo.layers.routed_experts import RoutedExperts
+from model_zoo.layers.routers import GateNorm, ThemeRouter
+from model_zoo.layers.sequence import Sequence, WindowAlign, WindowDivisor
+from model_zoo.layers.theme_codebook import EmaMode, ThemeCodebook
+
+
+class MoS(nn.Module):
+    """``y = (1 - a_I - a_W) y_G + a_I y_I + a_W y_W`` over copies of one sequence block (MoS, eq. 5-8).
+
+    The global expert reads the whole history, item experts the items of their theme, window experts sliding-window means
+    of their theme. A branch that a row cannot have (no history; no window) leaves its weight to the global expert. With
+    ``alpha_item = alpha_window = 0`` the module is the global block, bit for bit, and holds nothing else.
+
+    ``alpha_item`` and ``alpha_window`` are the weights in force; the three-phase trainer moves them (``set_fusion``) and
+    they travel in the state dict, so a checkpoint of any phase predicts as it did when it was written.
+
+    Args:
+        block_factory: makes one block with ``out_dim``.
+        item_dim: d, width of an item vector.
+        n_item_experts: experts on items; 0 = no item branch.
+        n_window_experts: experts on windows; 0 = no window branch.
+        topk_item: themes kept per item.
+        topk_window: themes kept per window.
+        alpha_item: final weight of the item branch.
+        alpha_window: final weight of the window branch; ``alpha_item + alpha_window <= 1``.
+        codebook_dim: D of both codebooks.
+        router_hidden: hidden width of h; None = D.
+        router_temperature: divides the cosines before the softmax.
+        router_input: ``item`` routes x_v, ``item_target`` routes ``[x_v ; q]``.
+        router_linear: h is one linear map instead of a two-layer MLP.
+        shared_router: both branches use one h (each keeps its codebook).
+        gate_norm: see `ThemeRouter`.
+        gate_source: whose theme weighs the experts: the ``last`` token (the paper) or the ``target`` item.
+        codebook: ``ema`` (the paper) or ``learned`` by gradient.
+        ema_decay: g of eq. 4.
+        ema_mode: see `ThemeCodebook`.
+        ema_assign: ``topk`` members move a code, or only the ``top1`` ones.
+        ema_normalize: average unit vectors.
+        revive_dead: replace a code idle for so many updates; 0 = never.
+        commitment_weight: weight of the VQ-VAE commitment loss on both routers.
+        align_weight: weight of ``|y_routed - sg(y_G)|^2`` while training experts.
+        window_size: items per window.
+        window_stride: items between windows.
+        window_align: ``right`` keeps every recent item, ``left`` is the literal definition.
+        window_divide_by: ``count`` of items present, or always the window's ``size``.
+        short_history: a history shorter than a window is one ``partial`` window, or has no window branch (``skip``).
+        empty_history: an empty history gives the ``global`` block's answer, or ``zeros``.
+
+    Raises:
+        ValueError: weights or counts out of range.
+
+    Source: MoS: Mixture of Sequence (WWW 2026), sections on routing, multi-scale fusion and training.
+    """
+
+    def __init__(
+        self,
+        block_factory: Callable[[], nn.Module],
+        item_dim: int,
+        *,
+        n_item_experts: int = 5,
+        n_window_experts: int = 5,
+        topk_item: int = 1,
+        topk_window: int = 1,
+        alpha_item: float = 0.25,
+        alpha_window: float = 0.25,
+        codebook_dim: int = 32,
+        router_hidden: int | None = None,
+        router_temperature: float = 1.0,
+        router_input: Literal["item", "item_target"] = "item",
+        router_linear: bool = False,
+        shared_router: bool = False,
+        gate_norm: GateNorm = "topk_softmax",
+        gate_source: Literal["last", "target"] = "last",
+        codebook: Literal["ema", "learned"] = "ema",
+        ema_decay: float = 0.999,
+        ema_mode: EmaMode = "batch_mean",
+        ema_assign: Literal["topk", "top1"] = "topk",
+        ema_normalize: bool = False,
+        revive_dead: int = 0,
+        commitment_weight: float = 0.0,
+        align_weight: float = 0.0,
+        window_size: int = 8,
+        window_stride: int = 4,
+        window_align: WindowAlign = "right",
+        window_divide_by: WindowDivisor = "count",
+        short_history: Literal["partial", "skip"] = "partial",
+        empty_history: Literal["global", "zeros"] = "global",
+    ) -> None:
+        super().__init__()
+        if min(alpha_item, alpha_window) < 0 or alpha_item + alpha_window > 1 + 1e-9:
+            raise ValueError(
+                f"alpha_item ({alpha_item}) and alpha_window ({alpha_window}) must be >= 0 and sum to at most 1"
+            )
+        for name, count, topk in (("item", n_item_experts, topk_item), ("window", n_window_experts, topk_window)):
+            if count and not 1 <= topk <= count:
+                raise ValueError(f"topk_{name} ({topk}) must lie in 1..n_{name}_experts ({count})")
+        if not 0 <= ema_decay <= 1:
+            raise ValueError(f"ema_decay ({ema_decay}) must lie in 0..1")
+        if window_size < 1 or window_stride < 1:
+            raise ValueError(f"window_size ({window_size}) and window_stride ({window_stride}) must be at least 1")
+        if router_temperature <= 0:
+            raise ValueError(f"router_temperature ({router_temperature}) must be positive")
+        self.router_input = router_input
+        self.gate_source = gate_source
+        self.window_size = window_size
+        self.window_stride = window_stride
+        self.window_align: WindowAlign = window_align
+        self.window_divide_by: WindowDivisor = window_divide_by
+        self.short_history = short_history
+        self.empty_history = empty_history
+        self.commitment_weight = commitment_weight
+        self.align_weight = align_weight
+        self.final_alphas = (
+            alpha_item if n_item_experts else 0.0,
+            alpha_window if n_window_experts else 0.0,
+        )
+        self.global_expert = block_factory()
+        self.out_dim: int = self.global_expert.out_dim  # type: ignore[assignment]
+        self.item_experts: RoutedExperts | None = None
+        self.item_router: ThemeRouter | None = None
+        self.window_experts: RoutedExperts | None = None
+        self.window_router: ThemeRouter | None = None
+
+        def router(themes: int, topk: int, encoder: nn.Module | None) -> ThemeRouter:
+            book = ThemeCodebook(
+                themes,
+                codebook_dim,
+                decay=ema_decay,
+                ema_mode=ema_mode,
+                normalize=ema_normalize,
+                learned=codebook == "learned",
+                revive_after=revive_dead,
+            )
+            return ThemeRouter(
+                item_dim * 2 if router_input == "item_target" else item_dim,
+                book,
+                codebook_dim=codebook_dim,
+                topk=topk,
+                hidden=router_hidden,
+                temperature=router_temperature,
+                gate_norm=gate_norm,
+                ema_assign_top1=ema_assign == "top1",
+                linear=router_linear,
+                encoder=encoder,
+            )
+
+        with isolated_rng():  # the backbone's own initialisation does not depend on how many experts stand beside it
+            if self.final_alphas[0] > 0:
+                self.item_experts = RoutedExperts(block_factory, n_item_experts)
+                self.item_router = router(n_item_experts, topk_item, None)
+            if self.final_alphas[1] > 0:
+                encoder = self.item_router.h if shared_router and self.item_router else None
+                self.window_experts = RoutedExperts(block_factory, n_window_experts)
+                self.window_router = router(n_window_experts, topk_window, encoder)
+        self.update_codebooks = False
+        self.alpha_item, self.alpha_window = self.final_alphas
+
+    def expert_modules(self) -> list[nn.Module]:
+        """Everything beside the global expert: experts, routers, codebooks (trained in phases 2 and 3)."""
+        modules = (self.item_experts, self.item_router, self.window_experts, self.window_router)
+        return [module for module in modules if module is not None]
+
+    def set_fusion(self, alpha_item: float, alpha_window: float, *, update_codebooks: bool = False) -> None:
+        """Put fusion weights in force; a branch that does not exist leaves its weight to the other one."""
+        if self.item_experts is None:
+            alpha_item, alpha_window = 0.0, (alpha_item + alpha_window if self.window_experts is not None else 0.0)
+        elif self.window_experts is None:
+            alpha_item, alpha_window = alpha_item + alpha_window, 0.0
+        self.alpha_item, self.alpha_window = alpha_item, alpha_window
+        self.update_codebooks = update_codebooks
+
+    def get_extra_state(self) -> Tensor:
+        """The fusion weights in force, float64 ``[2]``."""
+        return torch.tensor([self.alpha_item, self.alpha_window], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Put the checkpoint's fusion weights in force."""
+        self.alpha_item, self.alpha_window = (float(value) for value in state)
+
+    def window_tokens(self, sequence: Sequence) -> Sequence:
+        """Window means in time order (size w, stride s)."""
+        windows = sequence.windows(self.window_size, self.window_stride, self.window_align, self.window_divide_by)
+        if self.short_history == "skip":
+            long_enough = (sequence.lengths >= self.window_size).unsqueeze(1)
+            windows = Sequence(windows.items, windows.index, windows.mask & long_enough)
+        return windows
+
+    def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
+        """Interest of each row towards its target.
+
+        Args:
+            query: ``[B, d]`` target items.
+            sequence: histories.
+            losses: auxiliary loss terms (already weighted) are appended here.
+
+        Returns:
+            ``[B, out_dim]``.
+        """
+        base = max(1.0 - (self.alpha_item + self.alpha_window), 0.0)
+        base = 0.0 if base < 1e-9 else base
+        if base == 1.0:
+            return self.global_expert(query, sequence)
+        branches: list[tuple[Tensor, Tensor]] = []  # (weight [B, 1], answer [B, out])
+        if self.alpha_item > 0:
+            assert self.item_experts is not None and self.item_router is not None
+            branches.append(
+                self._branch(self.alpha_item, self.item_experts, self.item_router, query, sequence, losses)
+            )
+        if self.alpha_window > 0:
+            assert self.window_experts is not None and self.window_router is not None
+            windows = self.window_tokens(sequence)
+            branches.append(
+                self._branch(self.alpha_window, self.window_experts, self.window_router, query, windows, losses)
+            )
+        routed = sum((weight for weight, _ in branches), query.new_zeros(query.shape[0], 1))
+        global_weight = base + (self.alpha_item + self.alpha_window - routed).clamp(min=0)
+        output = self._global(query, sequence, base, global_weight)
+        if losses is not None and self.align_weight and self.training:
+            with torch.no_grad():
+                goal = self.global_expert(query, sequence)
+            for _, answer in branches:
+                losses.append(self.align_weight * (answer - goal).square().mean())
+        for weight, answer in branches:
+            output = output + weight * answer
+        if self.empty_history == "zeros":
+            output = output * (sequence.lengths > 0).unsqueeze(1)
+        return output
+
+    def _branch(
+        self,
+        alpha: float,
+        experts: RoutedExperts,
+        router: ThemeRouter,
+        query: Tensor,
+        tokens: Sequence,
+        losses: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One branch's per-row weight ``[B, 1]`` (0 where the row has no token) and answer ``[B, out]``."""
+        present = tokens.mask.any(1)
+        weight = alpha * present.unsqueeze(1).to(query.dtype)
+        if tokens.index.shape[1] == 0 or not bool(present.any()):
+            return weight, query.new_zeros(query.shape[0], self.out_dim)
+        inputs = self.router_inputs(query, tokens)
+        gating = None
+        if self.gate_source == "target":
+            gating = torch.cat([query, query], -1) if self.router_input == "item_target" else query
+        if losses is not None and self.commitment_weight and self.training:
+            losses.append(self.commitment_weight * router.commitment(inputs))
+        routing = router(inputs, gating, update_codebook=self.update_codebooks and self.training)
+        return weight, experts(query, tokens, routing, present)
+
+    def _global(self, query: Tensor, sequence: Sequence, base: float, weight: Tensor) -> Tensor:
+        """``weight * y_G``; with no weight on the global expert it runs only for rows that have nothing else."""
+        if base > 0:
+            return weight * self.global_expert(query, sequence)
+        rows = (weight.squeeze(1) > 1e-9).nonzero().squeeze(1)
+        output = query.new_zeros(query.shape[0], self.out_dim)
+        if rows.numel():
+            answer = self.global_expert(query[rows], sequence.select(rows))
+            output = output.index_add(0, rows, weight[rows] * answer)
+        return output
+
+    def router_inputs(self, query: Tensor, tokens: Sequence) -> Sequence:
+        """Router inputs by position: the token's vector, with the target's behind it if ``router_input`` says so."""
+        if self.router_input == "item":
+            return tokens
+        vectors = tokens.vectors
+        target = query.unsqueeze(1).expand(-1, vectors.shape[1], -1)
+        return Sequence.from_vectors(torch.cat([vectors, target], -1), tokens.mask)

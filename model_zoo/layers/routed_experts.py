@@ -1,0 +1,48 @@
+"""Sparse dispatch: each expert runs only for the rows that chose it, each on its own compacted subsequence."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from model_zoo.layers.routers import Routing
+from model_zoo.layers.sequence import Sequence
+
+
+class RoutedExperts(nn.Module):
+    """n independent blocks; a row's answer is the gate-weighted sum of its chosen blocks (MoS eq. 6-7).
+
+    An expert that the row's gating token did not choose has weight zero, so leaving it out is exact, for the output and
+    for every gradient.
+
+    Args:
+        block_factory: makes one expert, a block ``(query [B, d], Sequence) -> [B, out_dim]``.
+        num_experts: n >= 1.
+    """
+
+    def __init__(self, block_factory: Callable[[], nn.Module], num_experts: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(block_factory() for _ in range(num_experts))
+        self.out_dim: int = self.experts[0].out_dim  # type: ignore[assignment]
+
+    def forward(self, query: Tensor, sequence: Sequence, routing: Routing, active: Tensor) -> Tensor:
+        """Weighted expert answers.
+
+        Args:
+            query: ``[B, d]`` targets.
+            sequence: the tokens that were routed.
+            routing: over the same rows and positions.
+            active: ``[B]`` bool; rows to serve, the others get zeros.
+
+        Returns:
+            ``[B, out_dim]``.
+        """
+        output = query.new_zeros(query.shape[0], self.out_dim)
+        for number, expert in enumerate(self.experts):
+            mine = (routing.chosen == number) & active.unsqueeze(1)  # [B, k]
+            rows = mine.any(1).nonzero().squeeze(1)
+            if rows.numel() == 0:
+                continue
+            gate = (routing.gates * mine).sum(1)[rows]
+            answer = expert(query[rows], sequence.select(rows).compact(routing.reads(number, rows)))
+            output = output.index_add(0, rows, (answer * gate.unsqueeze(1)).to(output.dtype))
+        return output

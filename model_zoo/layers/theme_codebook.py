@@ -1,0 +1,192 @@
+"""The theme codebook of MoS: one vector per theme, moved by an exponential moving average, started by k-means."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+COSINE_EPS = 1e-8
+#: Laplace smoothing of the cluster sizes in ``ema_mode="count"``
+COUNT_EPS = 1e-5
+
+EmaMode = Literal["batch_mean", "count"]
+
+
+class ThemeCodebook(nn.Module):
+    """W in R^{n x D} with cosine scores and the EMA update of MoS, eq. 3-4.
+
+    ``ema_mode="batch_mean"`` is eq. 4 as printed: ``W_i <- g W_i + (1-g) mean{h(x) : x routed to i}``, codes without
+    members stay. ``ema_mode="count"`` is the VQ-VAE form: member counts and sums are averaged, the code is their ratio with
+    Laplace-smoothed counts.
+
+    Args:
+        num_themes: n.
+        dim: D.
+        decay: g of eq. 4.
+        ema_mode: see above.
+        normalize: average unit vectors h / |h| instead of h.
+        learned: W is a parameter trained by gradient and never by EMA (the variant the paper warns of).
+        revive_after: a code without a member for this many updates is replaced by a token of the batch; 0 = never.
+    """
+
+    codes: Tensor
+    cluster_size: Tensor
+    cluster_sum: Tensor
+    idle_updates: Tensor
+
+    def __init__(
+        self,
+        num_themes: int,
+        dim: int,
+        *,
+        decay: float = 0.999,
+        ema_mode: EmaMode = "batch_mean",
+        normalize: bool = False,
+        learned: bool = False,
+        revive_after: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_themes = num_themes
+        self.decay = decay
+        self.ema_mode = ema_mode
+        self.normalize = normalize
+        self.learned = learned
+        self.revive_after = revive_after
+        start = F.normalize(torch.randn(num_themes, dim), dim=1)
+        if learned:
+            self.codes = nn.Parameter(start)
+        else:
+            self.register_buffer("codes", start)
+        self.register_buffer("cluster_size", torch.zeros(num_themes))
+        self.register_buffer("cluster_sum", torch.zeros(num_themes, dim))
+        self.register_buffer("idle_updates", torch.zeros(num_themes, dtype=torch.long))
+
+    def cosine(self, hidden: Tensor) -> Tensor:
+        """Eq. 3: cosine of each ``hidden [..., D]`` to each code, ``[..., n]``, in fp32."""
+        codes = self.codes if self.learned else self.codes.detach()
+        return F.normalize(hidden.float(), dim=-1, eps=COSINE_EPS) @ F.normalize(codes, dim=-1, eps=COSINE_EPS).T
+
+    @torch.no_grad()
+    def ema_update(self, hidden: Tensor, themes: Tensor, weight: Tensor) -> None:
+        """Eq. 4 over one batch; a no-op for a learned codebook.
+
+        With ``torch.distributed`` initialised the members of all ranks count.
+
+        Args:
+            hidden: ``[N, D]`` router vectors of distinct tokens.
+            themes: ``[N, k]`` int64 themes of each token.
+            weight: ``[N]`` how often each token occurs in the batch (0 = not at all).
+        """
+        if self.learned:
+            return
+        hidden = hidden.detach().to(self.codes.dtype)
+        if self.normalize:
+            hidden = F.normalize(hidden, dim=-1, eps=COSINE_EPS)
+        weight = weight.to(hidden.dtype)
+        count = torch.zeros_like(self.cluster_size)
+        total = torch.zeros_like(self.cluster_sum)
+        for choice in themes.unbind(1):
+            count.index_add_(0, choice, weight)
+            total.index_add_(0, choice, hidden * weight.unsqueeze(1))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        present = count > 0
+        if self.ema_mode == "batch_mean":
+            mean = total / count.clamp(min=1.0).unsqueeze(1)
+            moved = self.decay * self.codes + (1 - self.decay) * mean
+            self.codes.copy_(torch.where(present.unsqueeze(1), moved, self.codes))
+        else:
+            self.cluster_size.mul_(self.decay).add_(count, alpha=1 - self.decay)
+            self.cluster_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
+            size = self.cluster_size.sum()
+            smoothed = (self.cluster_size + COUNT_EPS) / (size + self.num_themes * COUNT_EPS) * size
+            alive = (self.cluster_size > 0).unsqueeze(1)
+            self.codes.copy_(torch.where(alive, self.cluster_sum / smoothed.unsqueeze(1), self.codes))
+        self.idle_updates.add_(1).masked_fill_(present, 0)
+        if self.revive_after:
+            self._revive(hidden, weight)
+
+    def _revive(self, hidden: Tensor, weight: Tensor) -> None:
+        """Replace codes idle for ``revive_after`` updates by tokens drawn by occurrence."""
+        dead = (self.idle_updates >= self.revive_after).nonzero().squeeze(1)
+        if dead.numel() == 0 or not bool((weight > 0).any()):
+            return
+        drawn = hidden[torch.multinomial(weight, dead.numel(), replacement=True)]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(drawn, 0)
+        self.codes[dead] = drawn
+        self.cluster_size[dead] = 1.0
+        self.cluster_sum[dead] = drawn
+        self.idle_updates[dead] = 0
+
+    @torch.no_grad()
+    def start_from(self, centroids: Tensor, sizes: Tensor) -> None:
+        """Take k-means centroids ``[n, D]`` (and cluster ``sizes [n]``, for the count form) as the codes."""
+        self.codes.copy_(centroids)
+        share = sizes.to(self.cluster_size) / sizes.sum().clamp(min=1)
+        self.cluster_size.copy_(share)
+        self.cluster_sum.copy_(self.codes.detach() * share.unsqueeze(1))
+        self.idle_updates.zero_()
+
+
+def cosine_kmeans(
+    points: Tensor, weight: Tensor, num_clusters: int, seed: int, restarts: int = 10, iterations: int = 100
+) -> tuple[Tensor, Tensor]:
+    """Weighted k-means with cosine assignment and plain means as centroids, the geometry of eq. 3-4.
+
+    k-means++ seeding on unit vectors; an empty cluster restarts at the point farthest from its centroid; the best of
+    ``restarts`` by weighted cosine wins.
+
+    Args:
+        points: ``[N, D]``, N >= 1.
+        weight: ``[N]`` occurrences of each point, > 0.
+        seed: the result is a function of the arguments alone.
+
+    Returns:
+        ``(centroids [n, D] float32, sizes [n])`` on ``points``' device; themes in order of falling size.
+    """
+    device = points.device
+    points, weight = points.double().cpu(), weight.double().cpu()
+    unit = F.normalize(points, dim=1, eps=COSINE_EPS)
+    generator = torch.Generator().manual_seed(seed)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for _ in range(restarts):
+        centroids = _plus_plus(unit, weight, num_clusters, generator)
+        labels = torch.full((len(points),), -1)
+        for _ in range(iterations):
+            cosine = unit @ F.normalize(centroids, dim=1, eps=COSINE_EPS).T
+            fit, nearest = cosine.max(1)
+            if torch.equal(nearest, labels):
+                break
+            labels = nearest
+            size = torch.zeros(num_clusters, dtype=torch.double).index_add_(0, labels, weight)
+            total = torch.zeros_like(centroids).index_add_(0, labels, points * weight.unsqueeze(1))
+            centroids = total / size.clamp(min=1e-12).unsqueeze(1)
+            empty = (size == 0).nonzero().squeeze(1)
+            if empty.numel():
+                centroids[empty] = points[fit.argsort()[torch.arange(empty.numel()) % len(points)]]
+        score = float((fit * weight).sum())
+        if best is None or score > best[0]:
+            size = torch.zeros(num_clusters, dtype=torch.double).index_add_(0, labels, weight)
+            best = (score, centroids, size)
+    assert best is not None
+    order = best[2].argsort(descending=True, stable=True)
+    return best[1][order].float().to(device), best[2][order].float().to(device)
+
+
+def _plus_plus(unit: Tensor, weight: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """k-means++ seeds: each next point drawn by weight times its cosine distance to the nearest seed."""
+    chosen = [int(torch.multinomial(weight, 1, generator=generator))]
+    distance = torch.full((len(unit),), torch.inf, dtype=unit.dtype)
+    while len(chosen) < num_clusters:
+        distance = torch.minimum(distance, (1 - unit @ unit[chosen[-1]]).clamp(min=0))
+        mass = weight * distance
+        if float(mass.sum()) <= 0:
+            mass = weight
+        chosen.append(int(torch.multinomial(mass, 1, generator=generator)))
+    return unit[chosen].clone()

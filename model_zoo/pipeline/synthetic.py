@@ -1,0 +1,390 @@
+"""Users who hop between sessions, with the theme of every item and session known, in LongCTR's layout.
+
+Items belong to themes; a theme owns some of the categories and a centroid in image space. A user likes 2 to 4 themes
+and lives through a chain of sessions, each on one of them and never twice in a row on the same one. A row shows an item
+at some point of that chain, and whether it is clicked depends on the session at that point, on the themes of the
+sessions just before it, on how often the user met the item's category, and a little on how popular the item is.
+
+Histories are drawn before the rows, so a clicked row does not appear in any history. ``click_probability`` is what the
+labels were drawn from, so its AUC (``ceiling_auc``) bounds every model from above. The bound is not quite reachable:
+the theme of the current session is hidden and has to be read from its events, of which ``coherence`` tell the truth.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model_zoo.errors import DataError, UserError
+
+Array = npt.NDArray  # dtypes are given where an array is made; numpy 1.26 and 2 type them differently
+
+SPLITS = ("train", "valid", "test")
+RECENT = 50  # events; a theme met in them still counts after its session is over
+ZIPF = 0.8  # an item's weight within its theme is (popularity rank from 1) ** -ZIPF
+LOGITS = {"bias": -2.9, "session": 2.6, "recent": 0.9, "category": 0.2, "popularity": 0.15}
+
+
+@dataclass(frozen=True)
+class SyntheticSpec:
+    """Sizes and knobs; an impossible one raises DataError."""
+
+    users: int
+    items: int  # item ids, including the padding row 0
+    categories: int  # category ids, including the padding id 0
+    image_dim: int
+    themes: int
+    rows: tuple[int, int, int]  # train, valid, test
+    history_mean: float  # events a user, before the cut at history_max
+    history_max: int
+    session_length: float  # mean events a session (geometric)
+    seed: int = 2024
+    coherence: float = 0.9  # probability that an event is of its session's theme; otherwise it is of another one
+    separation: float = 1.0  # distance of two themes' image centroids / distance of an item to its own (both rms)
+    label_noise: float = 0.05  # probability that a label is a fair coin
+
+    def __post_init__(self) -> None:
+        needs = [
+            (self.users >= 1, "users", "at least 1"),
+            (self.image_dim >= 1, "image_dim", "at least 1"),
+            (self.themes >= 2, "themes", "at least 2, or there is nothing to hop between"),
+            (self.items > self.themes, "items", f"more than themes ({self.themes}), since row 0 is padding"),
+            (self.categories > self.themes, "categories", f"more than themes ({self.themes}), since id 0 is padding"),
+            (len(self.rows) == 3 and min(self.rows) >= 0 < self.rows[0], "rows", "three counts >= 0, the first >= 1"),
+            (self.history_max >= 1, "history_max", "at least 1"),
+            (1 <= self.history_mean <= self.history_max, "history_mean", f"from 1 to history_max ({self.history_max})"),
+            (1 <= self.session_length < float("inf"), "session_length", "at least 1 and finite"),
+            (self.seed >= 0, "seed", "at least 0"),
+            (0 <= self.coherence <= 1, "coherence", "from 0 to 1"),
+            (0 <= self.separation < float("inf"), "separation", "at least 0 and finite"),
+            (0 <= self.label_noise <= 1, "label_noise", "from 0 to 1"),
+            (self.users * self.history_mean < 2**30, "history_mean", "below 2**30 events over all users"),
+        ]
+        for holds, name, rule in needs:
+            if not holds:
+                raise DataError(f"The synthetic data's {name} is {getattr(self, name)}; it must be {rule}.")
+
+
+MICROVIDEO = SyntheticSpec(
+    users=10_986,
+    items=24_323,
+    categories=514,
+    image_dim=64,
+    themes=20,
+    rows=(300_000, 50_000, 50_000),
+    history_mean=300,
+    history_max=1_200,
+    session_length=12,
+)
+TINY = SyntheticSpec(
+    users=200,
+    items=301,
+    categories=17,
+    image_dim=16,
+    themes=4,
+    rows=(3_000, 600, 600),
+    history_mean=40,
+    history_max=120,
+    session_length=6,
+    separation=2.0,
+)
+PRESETS = {"microvideo": MICROVIDEO, "tiny": TINY}
+
+
+@dataclass(frozen=True)
+class Items:
+    """Item columns, row = item_index; row 0 is padding (zeros, theme -1)."""
+
+    cate_id: Array  # [items] int32
+    image: Array  # [items, image_dim] float32
+    theme: Array  # [items] int16
+    popularity: Array  # [items] float64, probability among the items of its theme
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Impressions of one split [n], in the order of how far through their user's history they are."""
+
+    user_index: Array  # int32
+    item_index: Array  # int32
+    seq_len: Array  # int32, from 1 to the length of the user's history
+    is_click: Array  # int8
+    click_probability: Array  # float64, what is_click was drawn from
+
+
+@dataclass(frozen=True)
+class SyntheticData:
+    """User u's history is ``history[offsets[u]:offsets[u + 1]]``, oldest first; E events over all users."""
+
+    spec: SyntheticSpec
+    items: Items
+    history: Array  # [E] int32 item_index
+    offsets: Array  # [users + 1] int64
+    session_id: Array  # [E] int32, counting over all users
+    session_theme: Array  # [E] int16, the session's theme, whatever the event's own
+    rows: Mapping[str, Rows]  # by split
+
+
+def generate(spec: SyntheticSpec) -> SyntheticData:
+    """Draw a data set in memory; the same spec gives the same arrays.
+
+    Within a user no train row is later (larger ``seq_len``) than a valid row, and no valid row later than a test row.
+    """
+    rng = np.random.default_rng(spec.seed)
+    items = _draw_items(spec, rng)
+    draw_item = _ItemSampler(items)
+
+    lengths = np.rint(rng.gamma(1.5, spec.history_mean / 1.5, spec.users)).clip(1, spec.history_max).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    starts = rng.random(offsets[-1]) < 1 / spec.session_length
+    starts[offsets[:-1]] = True
+    session_id = np.cumsum(starts, dtype=np.int32) - 1
+    liked, preference = _draw_preferences(spec, rng)
+    session_theme = _draw_session_themes(starts, offsets, liked, preference, rng)[session_id]
+    event_theme = _stray(session_theme, rng.random(len(starts)) >= spec.coherence, spec.themes, rng)
+    history = draw_item(event_theme, rng)
+
+    user, seq_len, split = _draw_moments(spec, lengths, rng)
+    now = session_theme[offsets[user] + seq_len - 1]
+    slot, slots = (liked[user] == now[:, None]).argmax(axis=1), (preference > 0).sum(axis=1)[user]
+    other_liked = liked[user, _stray(slot, True, slots, rng)]
+    anywhere = rng.integers(spec.themes, size=len(user))
+    kind = rng.random(len(user))
+    target = draw_item(np.where(kind < 0.5, now, np.where(kind < 0.75, other_liked, anywhere)), rng)
+
+    event_user = np.repeat(np.arange(spec.users), lengths)
+    position = np.arange(len(history)) - offsets[event_user]
+    target_theme, target_cate = items.theme[target], items.cate_id[target]
+    met = _Counter(event_user, session_theme, position, spec.themes, spec.history_max)
+    recent = met.count(user, target_theme, np.maximum(seq_len - RECENT, 0), seq_len) > 0
+    met = _Counter(event_user, items.cate_id[history], position, spec.categories, spec.history_max)
+    repeats = met.count(user, target_cate, np.zeros_like(seq_len), seq_len)
+    log_popularity = np.log(items.popularity[1:])
+    fame = (np.log(items.popularity[target]) - log_popularity.mean()) / max(log_popularity.std(), 1e-9)
+    logit = LOGITS["bias"] + LOGITS["category"] * np.log1p(repeats) + LOGITS["popularity"] * fame
+    logit += np.where(target_theme == now, LOGITS["session"], LOGITS["recent"] * recent)
+    probability = (1 - spec.label_noise) / (1 + np.exp(-logit)) + spec.label_noise / 2
+    click = (rng.random(len(user)) < probability).astype(np.int8)
+
+    rows = {}
+    for number, name in enumerate(SPLITS):
+        chosen = np.flatnonzero(split == number)
+        chosen = chosen[np.argsort(seq_len[chosen] / lengths[user[chosen]], kind="stable")]
+        columns = (user.astype(np.int32), target, seq_len.astype(np.int32), click, probability)
+        rows[name] = Rows(*(column[chosen] for column in columns))
+    return SyntheticData(spec, items, history, offsets, session_id, session_theme, rows)
+
+
+def write(data: SyntheticData, out_dir: Path) -> None:
+    """Write the five parquet files and ``truth.npz`` to ``out_dir``; all are complete before the first is put in place.
+
+    ``truth.npz``: ``item_theme`` [items] (-1 for row 0), ``session_id`` and ``theme`` [E] (of the session), ``offsets``
+    [users + 1] and ``<split>_click_probability``. Raises DataError when the folder cannot be written.
+    """
+    spec, items = data.spec, data.items
+    index = np.arange(spec.items, dtype=np.int32)
+    image = pa.FixedSizeListArray.from_arrays(pa.array(items.image.ravel()), spec.image_dim)
+    sequences = pa.ListArray.from_arrays(pa.array(data.offsets.astype(np.int32)), pa.array(data.history))
+    tables = {
+        "user_info": {"user_index": np.arange(spec.users, dtype=np.int32), "full_item_seq": sequences},
+        "item_info": {
+            "item_index": index,
+            "item_id": index,
+            "cate_id": items.cate_id,
+            f"image_emb_dim{spec.image_dim}": image,
+        },
+    }
+    columns = ("user_index", "item_index", "seq_len", "is_click")
+    truth: dict[str, Any] = {f"{split}_click_probability": rows.click_probability for split, rows in data.rows.items()}
+    truth.update(item_theme=items.theme, session_id=data.session_id, theme=data.session_theme, offsets=data.offsets)
+    for split, rows in data.rows.items():
+        tables[split] = {name: getattr(rows, name) for name in columns}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=out_dir))
+        try:
+            for name, table in tables.items():
+                pq.write_table(pa.table(table), unfinished / f"{name}.parquet", compression="zstd")
+            np.savez_compressed(unfinished / "truth.npz", **truth)
+            for path in sorted(unfinished.iterdir()):
+                os.replace(path, out_dir / path.name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"{out_dir} cannot be written ({error.strerror or error}); choose another --out.") from None
+
+
+def ceiling_auc(data: SyntheticData, split: str | None = None) -> float:
+    """AUC of ``click_probability`` on a split, or on all rows; nan when only one class is there."""
+    parts = [data.rows[split]] if split else list(data.rows.values())
+    scores = np.concatenate([rows.click_probability for rows in parts])
+    return auc(np.concatenate([rows.is_click for rows in parts]), scores)
+
+
+def auc(labels: Array, scores: Array) -> float:
+    """Area under the ROC curve; ties count one half."""
+    value, place = np.unique(scores, return_inverse=True)
+    positive = np.bincount(place, weights=labels, minlength=len(value))
+    negative = np.bincount(place, minlength=len(value)) - positive
+    below = np.cumsum(negative) - negative
+    pairs = positive.sum() * negative.sum()
+    return float((positive * (below + negative / 2)).sum() / pairs) if pairs else float("nan")
+
+
+def dataset_config(spec: SyntheticSpec, folder: Path) -> str:
+    """The entry of a dataset_config yaml file for a data set written to ``folder``."""
+    files = [f"{name}_data: {folder / name}.parquet" for name in SPLITS]
+    files += [f"{name}: {folder / name}.parquet" for name in ("user_info", "item_info")]
+    width, image = spec.image_dim, f"image_emb_dim{spec.image_dim}"
+    meta = ("user_index", "item_index", "seq_len")
+    columns = [f"name: {name}, active: True, dtype: int, type: meta" for name in meta]
+    for name, size in (("item_id", spec.items), ("cate_id", spec.categories)):
+        columns.append(f"name: {name}, active: True, dtype: int, type: categorical, source: item, vocab_size: {size}")
+    columns.append(
+        f"name: {image}, active: True, dtype: float, type: embedding, source: item, embedding_dim: {width}, "
+        'feature_encoder: "nn.Identity()"'
+    )
+    lines = [f"data_root: {folder.parent}/", "data_format: parquet", *files, "rebuild_dataset: False", "feature_cols:"]
+    lines += [f"    - {{{column}}}" for column in columns] + ["label_col: {name: is_click, dtype: float}"]
+    return "\n".join([f"{folder.resolve().name}:", *(f"    {line}" for line in lines)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``--out DIR [--preset microvideo|tiny]`` and one option per field of SyntheticSpec; returns 2 for bad values."""
+    parser = argparse.ArgumentParser(description="Generate session-hopping users in LongCTR's layout.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the files to")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="microvideo", help="values not given as options")
+    for field in fields(SyntheticSpec):
+        option = f"--{field.name.replace('_', '-')}"
+        if field.name == "rows":
+            parser.add_argument(option, type=int, nargs=3, metavar=("TRAIN", "VALID", "TEST"))
+        else:
+            parser.add_argument(option, type=float if field.type is float else int)
+    args = parser.parse_args(argv)
+    given = {field.name: getattr(args, field.name) for field in fields(SyntheticSpec)}
+    given = {name: tuple(value) if name == "rows" else value for name, value in given.items() if value is not None}
+    preset = PRESETS[args.preset]
+    if "history_max" in given:  # a shorter cut alone must not clash with the preset's mean
+        given.setdefault("history_mean", min(preset.history_mean, max(given["history_max"] / 2, 1)))
+    begun = time.perf_counter()
+    try:
+        spec = replace(preset, **given)
+        data = generate(spec)
+        write(data, args.out)
+    except (UserError, MemoryError) as error:
+        too_large = "The synthetic data does not fit into memory; lower --users, --items, --rows or --history-mean."
+        print(f"error: {too_large if isinstance(error, MemoryError) else error}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - begun
+    print(f"{args.out}: {spec.users} users, {spec.items} items, {len(data.history)} events, {spec.themes} themes")
+    for split, rows in data.rows.items():
+        rate = rows.is_click.mean() if len(rows.is_click) else float("nan")
+        print(f"{split}: {len(rows.is_click)} rows, click rate {rate:.4f}, ceiling AUC {ceiling_auc(data, split):.4f}")
+    print(f"all rows: ceiling AUC {ceiling_auc(data):.4f}; {seconds:.1f} seconds\n")
+    print(dataset_config(spec, args.out))
+    return 0
+
+
+class _ItemSampler:
+    """Draws items of given themes by popularity: theme t's cumulative weights fill the interval from t to t + 1."""
+
+    def __init__(self, items: Items) -> None:
+        self.order = np.argsort(items.theme[1:], kind="stable") + 1
+        theme = items.theme[self.order]
+        self.last = np.searchsorted(theme, np.arange(theme[-1] + 1), side="right") - 1
+        cumulative = np.cumsum(items.popularity[self.order])
+        self.edges = theme + (cumulative - np.concatenate([[0], cumulative[self.last]])[theme])
+
+    def __call__(self, theme: Array, rng: np.random.Generator) -> Array:
+        found = np.searchsorted(self.edges, theme + rng.random(len(theme)), side="right")
+        found = np.minimum(found, self.last[theme])  # the sum may have been rounded up to the next theme
+        return self.order[found].astype(np.int32)
+
+
+class _Counter:
+    """How often a user met a value in a range of positions: events sorted by (user, value, position), then bisected."""
+
+    def __init__(self, user: Array, value: Array, position: Array, values: int, longest: int) -> None:
+        self.values, self.stride = values, longest + 1
+        self.keys = np.sort(self._key(user, value, position))
+
+    def _key(self, user: Array, value: Array, position: Array) -> Array:
+        return (user.astype(np.int64) * self.values + value) * self.stride + position
+
+    def count(self, user: Array, value: Array, first: Array, end: Array) -> Array:
+        """Events of ``value`` [n] at positions ``first <= position < end`` of ``user`` [n]."""
+        upto, before = (np.searchsorted(self.keys, self._key(user, value, at)) for at in (end, first))
+        return upto - before
+
+
+def _draw_items(spec: SyntheticSpec, rng: np.random.Generator) -> Items:
+    """Themes of equal size, categories dealt to the themes in turn, image = centroid + noise."""
+    theme = rng.permutation(np.arange(spec.items - 1) % spec.themes)
+    own = (spec.categories - 2 - theme) // spec.themes + 1  # categories 1 + theme, 1 + theme + themes, ...
+    cate = 1 + theme + spec.themes * (rng.random(len(theme)) * own).astype(np.int64)
+    by_theme = np.argsort(theme, kind="stable")
+    rank = np.empty(len(theme), np.int64)
+    rank[by_theme] = np.arange(len(theme)) - np.searchsorted(theme[by_theme], theme[by_theme])
+    weight = (rank + 1.0) ** -ZIPF
+    popularity = weight / np.bincount(theme, weights=weight)[theme]
+    centroids = rng.normal(scale=spec.separation / np.sqrt(2 * spec.image_dim), size=(spec.themes, spec.image_dim))
+    image = centroids[theme] + rng.normal(scale=1 / np.sqrt(spec.image_dim), size=(len(theme), spec.image_dim))
+    return Items(
+        cate_id=np.concatenate([[0], cate]).astype(np.int32),
+        image=np.vstack([np.zeros(spec.image_dim), image]).astype(np.float32),
+        theme=np.concatenate([[-1], theme]).astype(np.int16),
+        popularity=np.concatenate([[0.0], popularity]),
+    )
+
+
+def _draw_preferences(spec: SyntheticSpec, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Liked themes [users, 4 or fewer] int16 and their weights; a user's weights are zero from some column on."""
+    most = min(4, spec.themes)
+    liked = np.argsort(rng.random((spec.users, spec.themes)), axis=1)[:, :most].astype(np.int16)
+    weight = 0.25 + rng.exponential(size=(spec.users, most))
+    number = rng.integers(2, most + 1, size=spec.users)
+    return liked, weight * (np.arange(most) < number[:, None])
+
+
+def _draw_session_themes(
+    starts: Array, offsets: Array, liked: Array, preference: Array, rng: np.random.Generator
+) -> Array:
+    """Theme of every session [S] int16: by preference, the theme of the user's session before excluded."""
+    first = (np.cumsum(starts) - 1)[offsets[:-1]]
+    sessions = np.diff(np.concatenate([first, [starts.sum()]]))
+    themes = np.empty(starts.sum(), np.int16)
+    previous = np.full(len(first), -1)
+    columns = np.arange(liked.shape[1])
+    for step in range(sessions.max()):
+        users = np.flatnonzero(sessions > step)
+        upto = np.cumsum(preference[users] * (columns != previous[users, None]), axis=1)
+        slot = (rng.random(len(users))[:, None] * upto[:, -1:] >= upto).sum(axis=1)
+        themes[first[users] + step] = liked[users, slot]
+        previous[users] = slot
+    return themes
+
+
+def _stray(number: Array, strays: Array | bool, count: Array | int, rng: np.random.Generator) -> Array:
+    """``number``, but where ``strays`` any other of 0 .. count - 1 with equal chances (count is 2 or more)."""
+    return (number + strays * rng.integers(1, count, size=len(number))) % count
+
+
+def _draw_moments(spec: SyntheticSpec, lengths: Array, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """user, seq_len and split number [n] of every row; a user's moments go to the splits in time order."""
+    split = np.repeat(np.arange(3), spec.rows)
+    user = rng.integers(spec.users, size=len(split))
+    moment = 1 + (rng.random(len(split)) * lengths[user]).astype(np.int64)
+    seq_len = np.empty_like(moment)
+    seq_len[np.lexsort((split, user))] = moment[np.lexsort((moment, user))]
+    return user, seq_len, split

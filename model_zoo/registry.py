@@ -1,0 +1,129 @@
+"""Backbones, methods, and the models composed of them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from model_zoo.backbones.twin import TwinBlock
+from model_zoo.layers.mos import MoS
+from model_zoo.sequential_ctr import SequentialCTR
+from model_zoo.three_phase import ThreePhaseCTR
+
+BlockFactory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A sequence block and how its configuration reaches it.
+
+    Attributes:
+        name: the plain model's name.
+        block: class with signature ``(item_dim, *, <configuration keys>)`` and an ``out_dim`` attribute.
+        longctr_names: parameter-name prefixes of LongCTR's checkpoints, theirs to ours.
+    """
+
+    name: str
+    block: type[nn.Module]
+    longctr_names: dict[str, str] = field(default_factory=dict)
+
+    def factory(self, item_dim: int, params: dict[str, Any]) -> Callable[..., nn.Module]:
+        """Makes blocks; called with a function, it passes that on as the wrapper of the block's long branch."""
+        own = {key: params[key] for key in configuration_keys(self.block) if key in params}
+
+        def make(wrap_long: Callable[[BlockFactory], nn.Module] | None = None) -> nn.Module:
+            return self.block(item_dim, **own) if wrap_long is None else self.block(item_dim, wrap_long, **own)
+
+        return make
+
+
+@dataclass(frozen=True)
+class Method:
+    """A layer that takes a block's place and holds copies of it.
+
+    Attributes:
+        name: prefix of the composed models' names.
+        layer: class with signature ``(block_factory, item_dim, *, <configuration keys>)``.
+        base: model class that trains it.
+        has_losses: whether the layer takes a list for auxiliary losses.
+    """
+
+    name: str
+    layer: type[nn.Module]
+    base: type[SequentialCTR] = SequentialCTR
+    has_losses: bool = False
+
+    def wrap(self, make: BlockFactory, item_dim: int, params: dict[str, Any]) -> nn.Module:
+        """The layer over ``make``'s blocks, with its keys taken from ``params``."""
+        own = {key: params[key] for key in configuration_keys(self.layer) if key in params}
+        return self.layer(make, item_dim, **own)
+
+
+BACKBONES: dict[str, Backbone] = {
+    backbone.name: backbone for backbone in [Backbone("TWIN", TwinBlock, TwinBlock.LONGCTR_NAMES)]
+}
+METHODS: dict[str, Method] = {method.name: method for method in [Method("MoS", MoS, ThreePhaseCTR, has_losses=True)]}
+
+
+def configuration_keys(cls: type) -> dict[str, inspect.Parameter]:
+    """A class's configuration keys: the keyword-only parameters of its constructor, annotations resolved."""
+    signature = inspect.signature(cls.__init__, eval_str=True)
+    return {name: p for name, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def compose(backbone: Backbone, method: Method | None = None) -> type[SequentialCTR]:
+    """The model class of a backbone, plain or under a method, named ``<Method>_<Backbone>``."""
+    name = f"{method.name}_{backbone.name}" if method else backbone.name
+    base = method.base if method else SequentialCTR
+    return type(name, (base,), {"backbone": backbone, "method": method, "__module__": "model_zoo"})
+
+
+def model_names() -> list[str]:
+    """Names of all models."""
+    return [*BACKBONES, *(f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES)]
+
+
+@lru_cache(maxsize=None)
+def get_model(name: str) -> type[SequentialCTR]:
+    """The model class called ``name``.
+
+    Raises:
+        KeyError: with the nearest names.
+    """
+    if name in BACKBONES:
+        return compose(BACKBONES[name])
+    method, _, backbone = name.partition("_")
+    if method in METHODS and backbone in BACKBONES:
+        return compose(BACKBONES[backbone], METHODS[method])
+    near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or model_names()
+    raise KeyError(f"no model '{name}'; nearest: {', '.join(near)}")
+
+
+def register_backbone(backbone: Backbone) -> None:
+    """Add a backbone, and with it its combinations with every method."""
+    BACKBONES[backbone.name] = backbone
+    get_model.cache_clear()
+
+
+def register_method(method: Method) -> None:
+    """Add a method over every backbone."""
+    METHODS[method.name] = method
+    get_model.cache_clear()
+
+
+def model_keys(name: str) -> dict[str, inspect.Parameter]:
+    """Every configuration key of a model: its base's, its block's and its method's."""
+    model = get_model(name)
+    keys: dict[str, inspect.Parameter] = {}
+    sources: list[type] = [cls for cls in model.__mro__ if "__init__" in vars(cls) and issubclass(cls, SequentialCTR)]
+    sources += [model.backbone.block] + ([model.method.layer] if model.method else [])
+    for source in sources:
+        for key, parameter in configuration_keys(source).items():
+            keys.setdefault(key, parameter)
+    return keys

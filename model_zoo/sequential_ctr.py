@@ -1,0 +1,279 @@
+"""The base of every model: batch -> item vectors -> sequence block -> head, written once."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model_zoo.batch import AnyBatch, Batch, ItemFeatures
+from model_zoo.compat import FeatureEmbedding, FeatureMap, MLP_Block
+from model_zoo.errors import ConfigError, DataError
+from model_zoo.layers.pretrained import PretrainedVectors
+from model_zoo.layers.random_state import isolated_rng
+from model_zoo.layers.sequence import Sequence, distinct_items
+from model_zoo.training import TrainingLoop
+
+if TYPE_CHECKING:
+    from model_zoo.registry import Backbone, Method
+
+Pretrained = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class SequentialCTR(TrainingLoop):
+    """A FuxiCTR model ``MLP([context ; target ; block(target, history)])`` over any sequence block.
+
+    Subclasses are made by ``registry.compose``, which sets ``backbone`` and ``method``; their configuration keys are this
+    constructor's, the backbone's and the method's keyword-only parameters.
+
+    Args:
+        feature_map: FuxiCTR's; features with ``source: item`` describe items.
+        model_id: name of the checkpoint file.
+        gpu: CUDA device index, -1 = CPU.
+        item_features: the item table; needed for batches of item indices, not for LongCTR's tuples.
+        pretrained: feature name to ``(vectors [V, p], known [V])`` for features with ``pretrained_emb``.
+        embedding_dim: width of one feature's embedding.
+        dnn_hidden_units: widths of the head's hidden layers.
+        dnn_activations: their activation.
+        net_dropout: the head's dropout.
+        batch_norm: batch normalisation in the head.
+        learning_rate: of the optimizer.
+        accumulation_steps: batches per optimizer step.
+        embedding_regularizer: L2 strength, or FuxiCTR's ``l1(x)``, ``l2(x)``, ``l1_l2(x,y)``.
+        net_regularizer: the same for all other parameters.
+        optimizer: name in ``torch.optim``.
+        loss: ``binary_crossentropy`` or a loss of ``torch.nn.functional``.
+        block_scope: what one expert is a copy of: the ``full`` interest module, or its ``long`` branch.
+        longctr_compat: reproduce LongCTR on FuxiCTR 2.3.2, quirks included.
+    """
+
+    backbone: ClassVar[Backbone]
+    method: ClassVar[Method | None] = None
+
+    def __init__(
+        self,
+        feature_map: FeatureMap,
+        model_id: str | None = None,
+        gpu: int = -1,
+        item_features: ItemFeatures | None = None,
+        pretrained: Pretrained | None = None,
+        *,
+        embedding_dim: int = 10,
+        dnn_hidden_units: list[int] | None = None,
+        dnn_activations: str | list[str] = "ReLU",
+        net_dropout: float | list[float] = 0.0,
+        batch_norm: bool = False,
+        learning_rate: float = 1e-3,
+        accumulation_steps: int = 1,
+        embedding_regularizer: float | str | None = None,
+        net_regularizer: float | str | None = None,
+        optimizer: str = "adam",
+        loss: str = "binary_crossentropy",
+        block_scope: Literal["full", "long"] = "full",
+        longctr_compat: bool = False,
+        **params: Any,
+    ) -> None:
+        super().__init__(
+            feature_map,
+            model_id=model_id or type(self).__name__,
+            gpu=gpu,
+            embedding_regularizer=embedding_regularizer,
+            net_regularizer=net_regularizer,
+            learning_rate=learning_rate,
+            accumulation_steps=accumulation_steps,
+            optimizer=optimizer,
+            longctr_compat=longctr_compat,
+            **params,
+        )
+        self.item_names = [n for n, spec in feature_map.features.items() if spec.get("source") == "item"]
+        if not self.item_names:
+            raise ConfigError("feature_cols: no feature has `source: item`; mark the columns of item_info.parquet so")
+        self.item_dim = sum(self._width(feature_map.features[name], embedding_dim) for name in self.item_names)
+        self.embedding_layer = build_embedding(feature_map, embedding_dim, pretrained or {})
+        self.block = self._build_block({**params, "longctr_compat": longctr_compat}, block_scope)
+        self.dnn = MLP_Block(
+            input_dim=feature_map.sum_emb_out_dim() + self.block.out_dim,
+            output_dim=1,
+            hidden_units=list(dnn_hidden_units if dnn_hidden_units is not None else [512, 128, 64]),
+            hidden_activations=dnn_activations,
+            output_activation=self.output_activation,
+            dropout_rates=net_dropout,
+            batch_norm=batch_norm,
+        )
+        self.item_features = item_features
+        self.compile(optimizer, loss, learning_rate)
+        self.reset_parameters()
+        self.model_to_device()
+
+    @staticmethod
+    def _width(spec: dict[str, Any], embedding_dim: int) -> int:
+        return spec.get("emb_output_dim", spec.get("embedding_dim", embedding_dim))
+
+    def _build_block(self, params: dict[str, Any], scope: str) -> nn.Module:
+        """The backbone's block, inside the method's layer if there is a method."""
+        make, method = self.backbone.factory(self.item_dim, params), self.method
+        if method is None:
+            return make()
+        if scope == "full":
+            return method.wrap(make, self.item_dim, params)
+        return make(lambda long_branch: method.wrap(long_branch, self.item_dim, params))
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: AnyBatch) -> dict[str, Any]:
+        """Click probabilities.
+
+        Args:
+            inputs: a `Batch` of item indices, or LongCTR's ``(batch_dict, item_dict, mask)``.
+
+        Returns:
+            ``y_pred`` ``[B, 1]`` and ``losses``, the block's weighted auxiliary loss terms.
+        """
+        context, target, sequence = self._read(inputs)
+        losses: list[Tensor] = []
+        if self.method is not None and self.method.has_losses:
+            interest = self.block(target, sequence, losses)
+        else:
+            interest = self.block(target, sequence)
+        parts = [target, interest]
+        if context:
+            parts.insert(0, self.embedding_layer(context, flatten_emb=True))
+        return {"y_pred": self.dnn(torch.cat(parts, dim=-1)), "losses": losses}
+
+    def _read(self, inputs: AnyBatch) -> tuple[dict[str, Tensor], Tensor, Sequence]:
+        """Context columns, target vectors ``[B, d]`` and the history, each distinct item embedded once."""
+        if isinstance(inputs, Batch):
+            if self.item_features is None:
+                raise DataError(f"{type(self).__name__}: a batch of item indices needs the item table (item_features=)")
+            batch = inputs.to(self.device)
+            index = torch.cat([batch.history, batch.target.unsqueeze(1)], dim=1)
+            rows, place = distinct_items(index, self.item_features.num_items)
+            items = self.embedding_layer(self.item_features.rows(rows), flatten_emb=True)
+            mask = batch.history > 0
+            return batch.context, items[place[:, -1]], Sequence(items, place[:, :-1], mask)
+        columns, item_columns, float_mask = inputs
+        context = {n: c.to(self.device) for n, c in columns.items() if n in self.context_names}
+        items = self.embedding_layer({n: c.to(self.device) for n, c in item_columns.items()}, flatten_emb=True)
+        mask = float_mask.to(self.device) > 0
+        place = torch.arange(items.shape[0], device=self.device).view(mask.shape[0], -1)
+        sequence = Sequence(items, place[:, :-1], mask)
+        return context, items[place[:, -1]], sequence if self.longctr_compat else sequence.right_aligned()
+
+    @property
+    def context_names(self) -> list[str]:
+        """Features that describe the impression rather than an item."""
+        specs = self.feature_map.features
+        return [n for n, spec in specs.items() if spec["type"] != "meta" and spec.get("source") != "item"]
+
+    # ---- initialisation ----------------------------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """FuxiCTR's initialisation; a method's experts draw from a stream of their own.
+
+        So a model's backbone starts, and with frozen experts trains, exactly as the plain backbone of the same seed.
+        """
+        beside = {id(m) for expert in self.expert_modules() for m in expert.modules()}
+        _initialise([m for m in self.modules() if id(m) not in beside])
+        with isolated_rng():
+            _initialise([m for m in self.modules() if id(m) in beside])
+
+    def expert_modules(self) -> list[nn.Module]:
+        """Modules that a method adds beside the backbone's own."""
+        return [m for layer in self.method_layers() for m in layer.expert_modules()]
+
+    def method_layers(self) -> list[Any]:
+        """The method's layers inside the block (none for a plain backbone)."""
+        return [m for m in self.block.modules() if self.method is not None and isinstance(m, self.method.layer)]
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_weights(self, checkpoint: str) -> None:
+        """Write the state dict whole or not at all."""
+        partial = f"{checkpoint}.partial"
+        torch.save(self.state_dict(), partial)
+        os.replace(partial, checkpoint)
+
+    def place_checkpoints(self, directory: str) -> None:
+        """Keep this model's checkpoints in ``directory``, under its ``model_id``."""
+        self.model_dir = directory
+        self.checkpoint = os.path.join(os.path.abspath(directory), f"{self.model_id}.model")
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Load a checkpoint of ours, or a ``.model`` file that LongCTR wrote for the same backbone.
+
+        Raises:
+            ConfigError: the file is missing, or its parameters do not fit this model.
+        """
+        if not os.path.exists(checkpoint):
+            raise ConfigError(f"{checkpoint}: no such checkpoint")
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            self.load_state_dict(self.from_longctr(state))
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:400]
+            raise ConfigError(f"{checkpoint}: does not fit {type(self).__name__}: {detail}") from None
+        self.to(self.device)
+
+    def from_longctr(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``state`` under our names: LongCTR keeps the block's parameters at the top level."""
+        if any(name.startswith("block.") for name in state):
+            return state
+        renamed = {}
+        for name, value in state.items():
+            if not name.startswith(("embedding_layer.", "dnn.")):
+                for theirs, ours in self.backbone.longctr_names.items():
+                    name = name.replace(theirs, ours)
+                name = f"block.{name}"
+            renamed[name] = value
+        return renamed
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part: embedding, block, head; and those in experts and routers."""
+        parts = {"embedding": self.embedding_layer, "block": self.block, "head": self.dnn}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        beside = {id(p): p.numel() for expert in self.expert_modules() for p in expert.parameters()}
+        return {**counts, "total": sum(counts.values()), "experts": sum(beside.values())}
+
+
+def build_embedding(feature_map: FeatureMap, embedding_dim: int, pretrained: Pretrained) -> FeatureEmbedding:
+    """FuxiCTR's feature embedding; features with ``pretrained_emb`` get `PretrainedVectors` in their place.
+
+    Raises:
+        ConfigError: a feature names ``pretrained_emb`` but its vectors were not given.
+    """
+    plain = copy.copy(feature_map)
+    plain.features = {
+        name: {key: value for key, value in spec.items() if key != "pretrained_emb"}
+        for name, spec in feature_map.features.items()
+    }
+    layer = FeatureEmbedding(plain, embedding_dim)
+    for name, spec in feature_map.features.items():
+        if "pretrained_emb" in spec:
+            if name not in pretrained:
+                raise ConfigError(f"{name}: pretrained_emb is set, but its vectors were not loaded (pretrained=)")
+            vectors, known = pretrained[name]
+            layer.embedding_layer.embedding_layers[name] = PretrainedVectors(
+                vectors,
+                known,
+                spec.get("embedding_dim", embedding_dim),
+                spec.get("pretrain_usage", "init"),
+                spec.get("freeze_emb", True),
+            )
+    return layer
+
+
+def _initialise(modules: list[nn.Module]) -> None:
+    """Xavier-normal weights and zero biases for plain Linear and Conv1d, then each module's own FuxiCTR hook."""
+    for module in modules:
+        if type(module) in (nn.Linear, nn.Conv1d):
+            nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in modules:
+        hook = getattr(module, "init_weights", None) or getattr(module, "reset_custom_params", None)
+        if callable(hook):
+            hook()

@@ -1,0 +1,293 @@
+"""MoS's three-phase training: backbone warm-up, expert warm-up, joint; one FuxiCTR ``fit`` each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model_zoo.batch import AnyBatch
+from model_zoo.layers.mos import MoS
+from model_zoo.layers.routers import ThemeRouter, occurrences
+from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.theme_codebook import cosine_kmeans
+from model_zoo.sequential_ctr import SequentialCTR
+
+logger = logging.getLogger("model_zoo")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase.
+
+    Attributes:
+        name: as shown.
+        epochs: at most; early stopping may end it.
+        learning_rate: of its own, new optimizer.
+        trains: parameter groups with a gradient.
+        alphas: fusion weights (item, window).
+        update_codebooks: EMA on in its training forwards.
+    """
+
+    name: str
+    epochs: int
+    learning_rate: float
+    trains: tuple[Literal["backbone", "experts"], ...]
+    alphas: tuple[float, float]
+    update_codebooks: bool
+
+
+class ThreePhaseCTR(SequentialCTR):
+    """A model with a MoS layer, trained in three phases.
+
+    Phase 1 trains embedding, global expert and head exactly as the plain backbone of the same seed. Then the codebooks
+    start from k-means of h over tokens of training batches. Phase 2 trains experts and routers alone, at fusion weights
+    1/2 and 1/2; embedding, head and its BatchNorm statistics do not move. Phase 3 trains everything at the final weights.
+    Each phase reloads its best checkpoint (``<checkpoint>.phase1`` ...); the final model is phase 3's best.
+
+    Args:
+        phase1_epochs: at most; None = ``epochs``.
+        phase2_epochs: epochs of expert warm-up.
+        phase3_epochs: at most; None = ``epochs``.
+        phase_lrs: learning rate per phase; None = ``learning_rate`` for all three.
+        kmeans_tokens: tokens per router that k-means sees; 0 leaves the codebook at its random start.
+        kmeans_seed: of k-means and its token sample.
+        kmeans_data: ``occurrences`` weighs tokens by how often they occur (EMA's fixed point), ``unique_items`` does not.
+        expert_init: ``random``, or ``copy_global``: experts start phase 2 as copies of the trained global expert.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        phase1_epochs: int | None = None,
+        phase2_epochs: int = 1,
+        phase3_epochs: int | None = None,
+        phase_lrs: list[float] | None = None,
+        kmeans_tokens: int = 131_072,
+        kmeans_seed: int = 0,
+        kmeans_data: Literal["occurrences", "unique_items"] = "occurrences",
+        expert_init: Literal["random", "copy_global"] = "random",
+        **params: Any,
+    ) -> None:
+        if phase_lrs is not None and len(phase_lrs) != 3:
+            raise ValueError(f"phase_lrs needs three learning rates, one per phase, not {phase_lrs}")
+        super().__init__(*args, **params)
+        self.phase_epochs = (phase1_epochs, phase2_epochs, phase3_epochs)
+        self.phase_lrs = phase_lrs or [self.learning_rate] * 3
+        self.kmeans_tokens = kmeans_tokens
+        self.kmeans_seed = kmeans_seed
+        self.kmeans_data = kmeans_data
+        self.expert_init = expert_init
+        self._always_frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+
+    @property
+    def mos(self) -> MoS:
+        """The MoS layer."""
+        return self.method_layers()[0]
+
+    def phases(self, epochs: int) -> list[Phase]:
+        """The phases of a training of at most ``epochs`` per phase; only the first if there are no experts."""
+        first, second, third = self.phase_epochs
+        rates = self.phase_lrs
+        final = self.mos.final_alphas
+        plan = [
+            Phase("phase1", epochs if first is None else first, rates[0], ("backbone",), (0.0, 0.0), False),
+            Phase("phase2", second, rates[1], ("experts",), (0.5, 0.5), True),
+            Phase("phase3", epochs if third is None else third, rates[2], ("backbone", "experts"), final, True),
+        ]
+        return [phase for phase in (plan if sum(final) > 0 else plan[:1]) if phase.epochs > 0]
+
+    def enter(self, phase: Phase) -> None:
+        """Freeze, fuse and optimise as ``phase`` says."""
+        expert_names = {id(p) for module in self.expert_modules() for p in module.parameters()}
+        for name, parameter in self.named_parameters():
+            group = "experts" if id(parameter) in expert_names else "backbone"
+            parameter.requires_grad_(group in phase.trains and name not in self._always_frozen)
+        self.mos.set_fusion(*phase.alphas, update_codebooks=phase.update_codebooks)
+        self.phase_name = phase.name
+        self.use_optimizer(phase.learning_rate)
+
+    def train(self, mode: bool = True) -> ThreePhaseCTR:
+        """Training mode, but BatchNorm layers whose weights are frozen keep their running statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def phase_checkpoint(self, name: str) -> str:
+        """Where a phase's best weights lie."""
+        stem, extension = os.path.splitext(self.final_checkpoint)
+        return f"{stem}.{name}{extension}"
+
+    @property
+    def final_checkpoint(self) -> str:
+        """Where the final model's weights lie."""
+        return os.path.join(os.path.dirname(self.checkpoint), f"{self.model_id}.model")
+
+    def fit(
+        self,
+        data_generator: Any,
+        epochs: int = 1,
+        validation_data: Any = None,
+        max_gradient_norm: float = 10.0,
+        **kwargs: Any,
+    ) -> None:
+        """Run the phases; afterwards the final weights are loaded, and written as the model's checkpoint."""
+        final = self.final_checkpoint
+        plan = self.phases(epochs)
+        for phase in plan:
+            if "experts" in phase.trains and phase is next(p for p in plan if "experts" in p.trains):
+                self.start_experts(data_generator)
+            self.enter(phase)
+            logger.info(
+                "%s: trains %s, fusion weights item %g window %g, learning rate %g, at most %d epoch(s)",
+                phase.name, " and ".join(phase.trains), self.mos.alpha_item, self.mos.alpha_window,
+                phase.learning_rate, phase.epochs,
+            )  # fmt: skip
+            self.checkpoint = self.phase_checkpoint(phase.name)
+            super().fit(data_generator, phase.epochs, validation_data, max_gradient_norm)
+        shutil.copyfile(self.checkpoint, f"{final}.partial")
+        os.replace(f"{final}.partial", final)
+        self.checkpoint = final
+        self.mos.update_codebooks = False
+
+    def start_experts(self, data_generator: Any) -> None:
+        """Between phases 1 and 2: copy the global expert if asked, and start the codebooks by k-means."""
+        mos = self.mos
+        if self.expert_init == "copy_global":
+            state = mos.global_expert.state_dict()
+            for branch in (mos.item_experts, mos.window_experts):
+                for expert in branch.experts if branch is not None else []:
+                    expert.load_state_dict(state)
+        if self.kmeans_tokens == 0:
+            return
+        started = time.perf_counter()
+        for name, router, tokens in self._sample_tokens(data_generator):
+            points, weight = tokens
+            with torch.no_grad():
+                hidden = router.encode(points)
+            if self.kmeans_data == "unique_items":
+                hidden, weight = torch.unique(hidden, dim=0), None
+            weight = torch.ones(len(hidden), device=hidden.device) if weight is None else weight
+            centroids, sizes = cosine_kmeans(hidden, weight, router.codebook.num_themes, self.kmeans_seed)
+            router.codebook.start_from(centroids, sizes)
+            shares = ", ".join(f"{share:.2f}" for share in (sizes / sizes.sum()).tolist())
+            logger.info("k-means of the %s codebook: %d tokens, shares %s", name, int(weight.sum()), shares)
+        logger.info("codebooks started in %.1f s", time.perf_counter() - started)
+
+    @torch.no_grad()
+    def _sample_tokens(self, batches: Any) -> list[tuple[str, ThemeRouter, tuple[Tensor, Tensor]]]:
+        """About ``kmeans_tokens`` router inputs per router, drawn by occurrence from training batches, in a fixed order."""
+        mos = self.mos
+        generator = torch.Generator().manual_seed(self.kmeans_seed)
+        wanted = [(n, r) for n, r in (("item", mos.item_router), ("window", mos.window_router)) if r is not None]
+        drawn: dict[str, list[Tensor]] = {name: [] for name, _ in wanted}
+        count = {name: 0 for name, _ in wanted}
+        quota = max(self.kmeans_tokens // max(min(len(batches), 16), 1), 1)
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(self.epochs_trained)
+        was_training = self.training
+        self.eval()
+        for batch in batches:
+            for name, tokens in self.router_tokens(batch).items():
+                if name not in count or count[name] >= self.kmeans_tokens:
+                    continue
+                index = tokens.index[tokens.mask]
+                take = torch.randperm(len(index), generator=generator)[: min(quota, self.kmeans_tokens - count[name])]
+                drawn[name].append(tokens.items[index[take.to(index.device)]].float().cpu())
+                count[name] += len(take)
+            if min(count.values()) >= self.kmeans_tokens:
+                break
+        self.train(was_training)
+        result = []
+        for name, router in wanted:
+            points = torch.cat(drawn[name]).to(self.device)
+            result.append((name, router, (points, torch.ones(len(points), device=self.device))))
+        return result
+
+    def router_tokens(self, batch: AnyBatch) -> dict[str, Sequence]:
+        """Each router's input sequence for a batch: ``item``, ``window``."""
+        _, target, sequence = self._read(batch)
+        if sequence.index.shape[1] == 0:
+            return {}
+        tokens: dict[str, Sequence] = {}
+        if self.mos.item_router is not None:
+            tokens["item"] = self.mos.router_inputs(target, sequence)
+        if self.mos.window_router is not None:
+            tokens["window"] = self.mos.router_inputs(target, self.mos.window_tokens(sequence))
+        return tokens
+
+    @torch.no_grad()
+    def codebook_usage(self, batches: Any, max_batches: int = 16) -> dict[str, dict[str, Any]]:
+        """How the codebooks are used, over the first batches of a split.
+
+        Returns:
+            Per router: ``share`` of tokens per theme, ``gating_share`` of rows per theme of their newest token,
+            ``entropy`` of share over log n, ``margin`` = mean top-1 minus top-2 cosine, ``routed`` = mean share of a row's
+            tokens that its expert reads, ``drift`` = cosine of each code to its members' mean.
+        """
+        self.eval()
+        sums: dict[str, dict[str, Tensor]] = {}
+        routers = {"item": self.mos.item_router, "window": self.mos.window_router}
+        for number, batch in enumerate(batches):
+            if number == max_batches:
+                break
+            for name, tokens in self.router_tokens(batch).items():
+                router = routers[name]
+                assert router is not None
+                found = _routing_sums(router, tokens)
+                total = sums.setdefault(name, {key: torch.zeros_like(value) for key, value in found.items()})
+                for key, value in found.items():
+                    total[key] += value
+        report = {}
+        for name, total in sums.items():
+            share = total["tokens"] / total["tokens"].sum().clamp(min=1)
+            entropy = -(share * share.clamp(min=1e-12).log()).sum() / torch.log(torch.tensor(max(len(share), 2.0)))
+            router = routers[name]
+            assert router is not None
+            mean = total["hidden"] / total["members"].clamp(min=1).unsqueeze(1)
+            drift = torch.nn.functional.cosine_similarity(router.codebook.codes.detach(), mean, dim=1)
+            report[name] = {
+                "share": share.tolist(),
+                "gating_share": (total["gating"] / total["gating"].sum().clamp(min=1)).tolist(),
+                "entropy": float(entropy),
+                "margin": float(total["margin"] / total["tokens"].sum().clamp(min=1)),
+                "routed": float(total["routed"] / total["rows"].clamp(min=1)),
+                "drift": drift.tolist(),
+            }
+        return report
+
+
+def _routing_sums(router: ThemeRouter, tokens: Sequence) -> dict[str, Tensor]:
+    """Sums over one batch from which `codebook_usage` forms its figures."""
+    themes = router.codebook.num_themes
+    hidden = router.encode(tokens.items).float()
+    scores = router.codebook.cosine(hidden)
+    best = scores.topk(router.topk, dim=-1).indices
+    top = scores.topk(min(2, themes), dim=-1).values
+    weight = occurrences(tokens).float()
+    real = tokens.mask.any(1)
+    experts = best[tokens.index]
+    gating = experts[:, -1][real]
+    read = ((experts == experts[:, -1:, :1]).any(-1) & tokens.mask).sum(1).float()
+    members = torch.zeros(themes, device=weight.device)
+    total = torch.zeros(themes, hidden.shape[1], device=weight.device)
+    for choice in best.unbind(1):
+        members.index_add_(0, choice, weight)
+        total.index_add_(0, choice, hidden * weight.unsqueeze(1))
+    return {
+        "tokens": torch.zeros(themes, device=weight.device).index_add_(0, best[:, 0], weight),
+        "members": members,
+        "hidden": total,
+        "gating": torch.bincount(gating[:, 0], minlength=themes).float(),
+        "margin": ((top[:, 0] - top[:, -1]) * weight).sum(),
+        "routed": (read / tokens.lengths.clamp(min=1))[real].sum(),
+        "rows": real.sum().float(),
+    }

@@ -1,0 +1,251 @@
+"""The training and evaluation loop of every model, on FuxiCTR's BaseModel."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model_zoo.batch import AnyBatch, Batch
+from model_zoo.compat import BaseModel, FeatureEmbeddingDict, FeatureMap, get_optimizer, get_regularizer
+from model_zoo.errors import ConfigError
+from model_zoo.pipeline.metrics import evaluate_metrics
+
+logger = logging.getLogger("model_zoo")
+
+
+class TrainingLoop(BaseModel):
+    """FuxiCTR's fit with a record of every evaluation, exact metrics and no state carried between epochs.
+
+    Args:
+        feature_map: FuxiCTR's.
+        learning_rate: of the optimizer.
+        accumulation_steps: batches per optimizer step; an epoch's last incomplete group is stepped at its end.
+        optimizer: name in ``torch.optim``.
+        longctr_compat: LongCTR's loop: the incomplete group is carried into the next epoch.
+        params: FuxiCTR's own keys.
+    """
+
+    def __init__(
+        self,
+        feature_map: FeatureMap,
+        *,
+        learning_rate: float,
+        accumulation_steps: int,
+        optimizer: str,
+        longctr_compat: bool,
+        embedding_regularizer: float | str | None = None,
+        net_regularizer: float | str | None = None,
+        **params: Any,
+    ) -> None:
+        super().__init__(
+            feature_map,
+            embedding_regularizer=embedding_regularizer or None,
+            net_regularizer=net_regularizer or None,
+            **{"verbose": 0, "model_root": "./checkpoints/", "metrics": ["AUC", "logloss"], **params},
+        )
+        self.accumulation_steps = accumulation_steps
+        self.longctr_compat = longctr_compat
+        self.learning_rate = learning_rate
+        self._optimizer_name = optimizer
+        self._configured_eval_steps = self._eval_steps
+        self.history: list[dict[str, Any]] = []
+        self.phase_name = "train"
+        self.epochs_trained = 0
+
+    # ---- labels, groups ----------------------------------------------------------------------------------------------
+
+    def get_labels(self, inputs: AnyBatch) -> Tensor:
+        """Labels ``[B, 1]`` float on the model's device."""
+        label = inputs.label if isinstance(inputs, Batch) else inputs[0][self.feature_map.labels[0]]
+        return label.to(self.device).float().view(-1, 1)
+
+    def get_group_id(self, inputs: AnyBatch) -> Tensor:
+        """Groups of the grouped metrics, ``[B]``."""
+        if isinstance(inputs, Batch):
+            assert inputs.group is not None
+            return inputs.group
+        return inputs[0][self.feature_map.group_id]
+
+    # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, return_dict: dict[str, Any], y_true: Tensor) -> Tensor:
+        """Task loss, the block's auxiliary terms and the regulariser."""
+        loss = self.add_loss(return_dict, y_true) + self.regularization_loss()
+        for term in return_dict["losses"]:
+            loss = loss + term
+        return loss
+
+    def regularization_loss(self) -> Tensor | float:
+        """FuxiCTR's regulariser over trainable parameters: ``(lambda / p) |w|_p^p``.
+
+        Everything inside the feature embedding counts as embedding, the rest as net. Under ``longctr_compat`` (FuxiCTR
+        2.3.2) tables count as embedding, wherever they stand, and of the rest only weights and biases count, as net.
+        """
+        embedding, net = get_regularizer(self._embedding_regularizer), get_regularizer(self._net_regularizer)
+        total: Tensor | float = 0.0
+        if not embedding and not net:
+            return total
+        kind = nn.Embedding if self.longctr_compat else FeatureEmbeddingDict
+        inside = {id(p) for m in self.modules() if isinstance(m, kind) for p in m.parameters()}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.longctr_compat and name.rpartition(".")[2] not in ("weight", "bias"):
+                continue
+            for power, strength in embedding if id(parameter) in inside else net:
+                norm = parameter.abs().sum() if power == 1 else parameter.square().sum()
+                total = total + (strength / power) * norm
+        return total
+
+    def use_optimizer(self, learning_rate: float) -> None:
+        """A new optimizer over the parameters that train now, and no gradients left over."""
+        self.zero_grad(set_to_none=True)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = get_optimizer(self._optimizer_name, trainable, learning_rate)
+
+    def fit(
+        self,
+        data_generator: Any,
+        epochs: int = 1,
+        validation_data: Any = None,
+        max_gradient_norm: float = 10.0,
+        **kwargs: Any,
+    ) -> None:
+        """FuxiCTR's training loop, on a fresh evaluation schedule; the best checkpoint is loaded at the end.
+
+        Raises:
+            ConfigError: ``eval_steps`` is longer than the whole training.
+        """
+        self._eval_steps = self._configured_eval_steps
+        steps = len(data_generator) * epochs
+        if self._eval_steps is not None and self._eval_steps > steps:
+            raise ConfigError(f"eval_steps ({self._eval_steps}) is longer than {self.phase_name}'s {steps} steps; lower it")
+        os.makedirs(os.path.dirname(self.checkpoint), exist_ok=True)
+        super().fit(data_generator, epochs=epochs, validation_data=validation_data, max_gradient_norm=max_gradient_norm)
+
+    def train_step(self, batch_data: AnyBatch) -> Tensor:
+        """Forward and backward of one batch; an optimizer step every ``accumulation_steps`` batches.
+
+        Returns:
+            The batch's whole loss (a scalar, not divided).
+        """
+        return_dict = self.forward(batch_data)
+        loss = self.compute_loss(return_dict, self.get_labels(batch_data))
+        (loss / self.accumulation_steps).backward()
+        if (self._batch_index + 1) % self.accumulation_steps == 0:
+            self._optimizer_step()
+        return loss.detach()
+
+    def _optimizer_step(self) -> None:
+        nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self._max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def train_epoch(self, data_generator: Any) -> None:
+        """One pass over the training data with evaluations every ``eval_steps`` batches (default: at its end)."""
+        if hasattr(data_generator, "set_epoch"):
+            data_generator.set_epoch(self.epochs_trained)
+        self.train()
+        self._epoch_start, self._loss_sum, self._loss_count = time.perf_counter(), 0.0, 0
+        progress = tqdm(
+            total=len(data_generator),
+            desc=f"{self.phase_name} epoch {self._epoch_index + 1}",
+            unit="batch",
+            disable=not (self._verbose and sys.stderr.isatty()),
+            leave=False,
+        )
+        for self._batch_index, batch in enumerate(data_generator):
+            self._total_steps += 1
+            self._loss_sum += float(self.train_step(batch))
+            self._loss_count += 1
+            progress.update()
+            progress.set_postfix(loss=f"{self._loss_sum / self._loss_count:.4f}", refresh=False)
+            last = self._batch_index + 1 == len(data_generator)
+            if last and not self.longctr_compat:
+                self._flush_accumulation()
+            if self._total_steps % self._eval_steps == 0:
+                self.eval_step()
+                self._loss_sum, self._loss_count = 0.0, 0
+            if self._stop_training:
+                break
+        progress.close()
+        self.epochs_trained += 1
+
+    def _flush_accumulation(self) -> None:
+        """Step with the epoch's last, incomplete accumulation group, its gradient scaled to that group's mean."""
+        left = (self._batch_index + 1) % self.accumulation_steps
+        if left:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.accumulation_steps / left)
+            self._optimizer_step()
+
+    def eval_step(self) -> None:
+        """Validate, record the epoch, keep the best checkpoint, decide on early stopping."""
+        seconds = time.perf_counter() - self._epoch_start
+        scores = self.evaluate(self.valid_gen)
+        record = {
+            "phase": self.phase_name,
+            "epoch": self._epoch_index + 1,
+            "step": self._total_steps,
+            "seconds": seconds,
+            "eval_seconds": time.perf_counter() - self._epoch_start - seconds,
+            "train_loss": self._loss_sum / max(self._loss_count, 1),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "valid": scores,
+        }
+        self.history.append(record)
+        shown = " ".join(f"{name} {value:.6f}" for name, value in scores.items())
+        logger.info(
+            "%s epoch %d: loss %.6f, valid %s, %.1f s + %.1f s evaluation",
+            record["phase"], record["epoch"], record["train_loss"], shown, seconds, record["eval_seconds"],
+        )  # fmt: skip
+        self.checkpoint_and_earlystop(scores)
+        record["best"] = self._stopping_steps == 0
+        self._epoch_start = time.perf_counter()
+        self.train()
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, data_generator: Any, metrics: list[str] | None = None) -> dict[str, float]:
+        """All metrics of a split in one pass.
+
+        Args:
+            data_generator: yields batches.
+            metrics: default: the configured ones and those that the monitor needs.
+        """
+        names = metrics or list(dict.fromkeys([*self.validation_metrics, *self._monitor.get_metrics()]))
+        prediction, label, group = self.predict_split(data_generator)
+        return evaluate_metrics(label, prediction, names, group)
+
+    def predict_split(self, data_generator: Iterable[AnyBatch]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Predictions float32 ``[N]``, labels ``[N]`` and groups ``[N]`` (or None) of a split, in its order."""
+        self.eval()
+        predictions, labels, groups = [], [], []
+        with torch.no_grad():
+            for batch in data_generator:
+                predictions.append(self.forward(batch)["y_pred"].float().view(-1).cpu())
+                labels.append(self.get_labels(batch).view(-1).cpu())
+                if self.feature_map.group_id is not None:
+                    groups.append(self.get_group_id(batch))
+        group = torch.cat(groups).numpy() if groups else None
+        return torch.cat(predictions).numpy(), torch.cat(labels).numpy(), group
+
+    def predict(self, data_generator: Iterable[AnyBatch]) -> np.ndarray:
+        """Click probabilities float32 ``[N]`` of a split, in its order."""
+        return self.predict_split(data_generator)[0]
+
+    def evaluate_metrics(
+        self, y_true: np.ndarray, y_pred: np.ndarray, metrics: list[str], group_id: np.ndarray | None = None
+    ) -> dict[str, float]:
+        """Our exact metrics in place of FuxiCTR's."""
+        return evaluate_metrics(y_true, y_pred, metrics, group_id)
