@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -73,7 +73,7 @@ METHODS: dict[str, Method] = {method.name: method for method in [Method("MoS", M
 
 def configuration_keys(cls: type) -> dict[str, inspect.Parameter]:
     """A class's configuration keys: the keyword-only parameters of its constructor, annotations resolved."""
-    signature = inspect.signature(cls.__init__, eval_str=True)
+    signature = inspect.signature(cls, eval_str=True)
     return {name: p for name, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -89,7 +89,7 @@ def model_names() -> list[str]:
     return [*BACKBONES, *(f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_model(name: str) -> type[SequentialCTR]:
     """The model class called ``name``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -194,8 +195,12 @@ class SequentialCTR(TrainingLoop):
     def save_weights(self, checkpoint: str) -> None:
         """Write the state dict whole or not at all."""
         partial = f"{checkpoint}.partial"
-        torch.save(self.state_dict(), partial)
-        os.replace(partial, checkpoint)
+        try:
+            torch.save(self.state_dict(), partial)
+            os.replace(partial, checkpoint)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
 
     def place_checkpoints(self, directory: str) -> None:
         """Keep this model's checkpoints in ``directory``, under its ``model_id``."""
@@ -210,7 +215,10 @@ class SequentialCTR(TrainingLoop):
         """
         if not os.path.exists(checkpoint):
             raise ConfigError(f"{checkpoint}: no such checkpoint")
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+            raise ConfigError(f"{checkpoint}: cannot be read as a checkpoint; give another file, or train again") from None
         try:
             self.load_state_dict(self.from_longctr(state))
         except RuntimeError as error:
@@ -269,7 +277,7 @@ def build_embedding(feature_map: FeatureMap, embedding_dim: int, pretrained: Pre
 def _initialise(modules: list[nn.Module]) -> None:
     """Xavier-normal weights and zero biases for plain Linear and Conv1d, then each module's own FuxiCTR hook."""
     for module in modules:
-        if type(module) in (nn.Linear, nn.Conv1d):
+        if isinstance(module, nn.Linear | nn.Conv1d) and type(module) in (nn.Linear, nn.Conv1d):
             nn.init.xavier_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -170,12 +170,11 @@ class ThreePhaseCTR(SequentialCTR):
             return
         started = time.perf_counter()
         for name, router, tokens in self._sample_tokens(data_generator):
-            points, weight = tokens
             with torch.no_grad():
-                hidden = router.encode(points)
+                hidden = router.encode(tokens)
+            hidden, weight = torch.unique(hidden, dim=0, return_counts=True)
             if self.kmeans_data == "unique_items":
-                hidden, weight = torch.unique(hidden, dim=0), None
-            weight = torch.ones(len(hidden), device=hidden.device) if weight is None else weight
+                weight = torch.ones_like(weight)
             centroids, sizes = cosine_kmeans(hidden, weight, router.codebook.num_themes, self.kmeans_seed)
             router.codebook.start_from(centroids, sizes)
             shares = ", ".join(f"{share:.2f}" for share in (sizes / sizes.sum()).tolist())
@@ -183,7 +182,7 @@ class ThreePhaseCTR(SequentialCTR):
         logger.info("codebooks started in %.1f s", time.perf_counter() - started)
 
     @torch.no_grad()
-    def _sample_tokens(self, batches: Any) -> list[tuple[str, ThemeRouter, tuple[Tensor, Tensor]]]:
+    def _sample_tokens(self, batches: Any) -> list[tuple[str, ThemeRouter, Tensor]]:
         """About ``kmeans_tokens`` router inputs per router, drawn by occurrence from training batches, in a fixed order."""
         mos = self.mos
         generator = torch.Generator().manual_seed(self.kmeans_seed)
@@ -206,11 +205,7 @@ class ThreePhaseCTR(SequentialCTR):
             if min(count.values()) >= self.kmeans_tokens:
                 break
         self.train(was_training)
-        result = []
-        for name, router in wanted:
-            points = torch.cat(drawn[name]).to(self.device)
-            result.append((name, router, (points, torch.ones(len(points), device=self.device))))
-        return result
+        return [(name, router, torch.cat(drawn[name]).to(self.device)) for name, router in wanted]
 
     def router_tokens(self, batch: AnyBatch) -> dict[str, Sequence]:
         """Each router's input sequence for a batch: ``item``, ``window``."""

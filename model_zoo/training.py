@@ -56,7 +56,7 @@ class TrainingLoop(BaseModel):
         self.longctr_compat = longctr_compat
         self.learning_rate = learning_rate
         self._optimizer_name = optimizer
-        self._configured_eval_steps = self._eval_steps
+        self._configured_eval_steps: int | None = params.get("eval_steps")
         self.history: list[dict[str, Any]] = []
         self.phase_name = "train"
         self.epochs_trained = 0
@@ -204,13 +204,15 @@ class TrainingLoop(BaseModel):
             "valid": scores,
         }
         self.history.append(record)
-        shown = " ".join(f"{name} {value:.6f}" for name, value in scores.items())
-        logger.info(
-            "%s epoch %d: loss %.6f, valid %s, %.1f s + %.1f s evaluation",
-            record["phase"], record["epoch"], record["train_loss"], shown, seconds, record["eval_seconds"],
-        )  # fmt: skip
         self.checkpoint_and_earlystop(scores)
         record["best"] = self._stopping_steps == 0
+        shown = " ".join(f"{name} {value:.6f}" for name, value in scores.items())
+        verdict = "best so far" if record["best"] else f"no gain ({self._stopping_steps} of {self._early_stop_patience})"
+        logger.info(
+            "%s epoch %d: loss %.6f, valid %s, %s, %.1f s + %.1f s evaluation",
+            self.phase_name, self._epoch_index + 1, record["train_loss"], shown, verdict, seconds,
+            record["eval_seconds"],
+        )  # fmt: skip
         self._epoch_start = time.perf_counter()
         self.train()
 

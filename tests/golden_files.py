@@ -1,7 +1,9 @@
-"""Reading the golden files: arrays recorded from LongCTR on FuxiCTR 2.3.2."""
+"""The golden files, recorded from LongCTR on FuxiCTR 2.3.2, and models on the tiny data set that they were recorded on."""
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_zoo.compat import FeatureMap
+from model_zoo.compat import FeatureMap, seed_everything
+from model_zoo.pipeline.dataset import CTRDataset, load_dataset
+from model_zoo.pipeline.feature_map import build_feature_map
+from model_zoo.pipeline.loader import SequenceLoader
+from model_zoo.registry import get_model
+
+# models this small lose far more to the hand-over between threads than they gain, above all on a busy machine
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
+TINY = GOLDEN / "tiny"
+TINY_MAX_LEN = 20
+CONTEXT_COLUMNS: list[dict[str, Any]] = [
+    {"name": "user_id", "type": "categorical", "vocab_size": 42},
+    {"name": "tags", "type": "sequence", "vocab_size": 6, "max_len": 3},
+]
+#: a model that trains in milliseconds; the experts' keys are added by `small_model`
+SMALL: dict[str, Any] = {
+    "embedding_dim": 8,
+    "attention_dim": 8,
+    "num_heads": 2,
+    "short_seq_len": 6,
+    "topk": 4,
+    "dnn_hidden_units": [12, 6],
+    "batch_norm": True,
+    "learning_rate": 1e-2,
+    "metrics": ["AUC", "logloss"],
+    "monitor": "AUC",
+    "early_stop_patience": 5,
+}
+SMALL_MOS: dict[str, Any] = {
+    "n_item_experts": 3,
+    "n_window_experts": 2,
+    "topk_item": 2,
+    "topk_window": 2,
+    "codebook_dim": 6,
+    "window_size": 4,
+    "window_stride": 2,
+    "ema_decay": 0.9,
+}
 
 
 def feature_map_of(text: str | dict[str, Any], group_id: str = "user_index") -> FeatureMap:
@@ -29,7 +68,8 @@ class Golden:
     """One ``<Model>_<k>.npz``."""
 
     def __init__(self, name: str) -> None:
-        self.arrays = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+        self.name = name
+        self.arrays: Mapping[str, np.ndarray] = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
         self.hparams: dict[str, Any] = json.loads(str(self.arrays["hparams"]))
         self.feature_map = feature_map_of(str(self.arrays["feature_map"]))
 
@@ -39,10 +79,65 @@ class Golden:
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """All arrays under ``prefix/``, in order, by what follows it."""
-        return {
-            name[len(prefix) + 1 :]: self.tensor(name) for name in self.arrays.files if name.startswith(f"{prefix}/")
-        }
+        return {name[len(prefix) + 1 :]: self.tensor(name) for name in self.arrays if name.startswith(f"{prefix}/")}
 
     def inputs(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """LongCTR's batch."""
         return self.group("batch"), self.group("item"), self.tensor("mask")
+
+    def model(self, **overrides: Any) -> Any:
+        """The recorded model with the recorded weights, under ``longctr_compat`` unless overridden."""
+        params = {**self.hparams, "longctr_compat": True, **overrides}
+        model = get_model(self.name.split("_")[0])(self.feature_map, **params)
+        model.load_state_dict(model.from_longctr(self.group("state")))
+        return model
+
+
+@cache
+def tiny_dataset(context: bool = True) -> CTRDataset:
+    """The data set of the golden files: 30 rows (for training and validation alike), 60 items, some empty histories."""
+    columns = [{"name": name, "type": "meta"} for name in ("user_index", "item_index", "seq_len")]
+    columns += CONTEXT_COLUMNS if context else []
+    columns += [
+        {"name": "item_id", "type": "categorical", "source": "item", "vocab_size": 60},
+        {"name": "cate_id", "type": "categorical", "source": "item", "vocab_size": 6},
+        {
+            "name": "image_emb_dim8",
+            "type": "embedding",
+            "source": "item",
+            "embedding_dim": 8,
+            "feature_encoder": "nn.Identity()",
+        },
+    ]
+    params: dict[str, Any] = {
+        "dataset_id": "tiny",
+        "feature_cols": columns,
+        "label_col": {"name": "is_click"},
+        "group_id": "user_index",
+        "embedding_dim": SMALL["embedding_dim"],
+        "item_info": str(TINY / "item_info.parquet"),
+        "user_info": str(TINY / "user_info.parquet"),
+        "train_data": str(TINY / "train.parquet"),
+        "valid_data": str(TINY / "train.parquet"),
+    }
+    return load_dataset(build_feature_map(params), params)
+
+
+def tiny_loader(
+    split: str = "train", batch_size: int = 8, shuffle: bool = False, dataset: CTRDataset | None = None
+) -> SequenceLoader:
+    """Batches of the tiny data set."""
+    return SequenceLoader(dataset or tiny_dataset(), split, batch_size, TINY_MAX_LEN, shuffle=shuffle, seed=1)
+
+
+def small_model(
+    name: str, folder: Path | None = None, seed: int = 0, dataset: CTRDataset | None = None, **overrides: Any
+) -> Any:
+    """A small model on the tiny data set; its checkpoints go to ``folder``."""
+    seed_everything(seed)
+    data = dataset or tiny_dataset()
+    defaults = {**SMALL, **(SMALL_MOS if name.startswith("MoS_") else {}), "model_id": name}
+    model = get_model(name)(data.feature_map, item_features=data.item_features(), **{**defaults, **overrides})
+    if folder is not None:
+        model.place_checkpoints(str(folder))
+    return model

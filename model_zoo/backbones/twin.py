@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from model_zoo.errors import ConfigError
+from model_zoo.layers.attend_items import AttendPlan, run_planned
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.target_attention import TargetAttention
 
@@ -32,6 +34,7 @@ class TwinBlock(nn.Module):
 
     Raises:
         ValueError: ``short_seq_len`` < 2, ``topk`` < 1, or cross features.
+        ConfigError: under ``longctr_compat``, a batch padded to less than ``short_seq_len``.
 
     Source: Chang et al., TWIN, KDD 2023 (arXiv 2302.02352), eq. 6-9, as configured in LongCTR.
     """
@@ -71,18 +74,36 @@ class TwinBlock(nn.Module):
             )
 
         self.long_attention = wrap_long(long_branch) if wrap_long else long_branch()
-        self.out_dim = item_dim + self.long_attention.out_dim
+        self.out_dim = item_dim + int(self.long_attention.out_dim)  # type: ignore[arg-type]
 
-    def forward(self, query: Tensor, sequence: Sequence) -> Tensor:
-        """``[B, 2d]`` interest of each row towards its target ``query [B, d]``."""
-        short = self._longctr_window(sequence) if self.longctr_compat else sequence.last(self.short_seq_len - 1)
-        return torch.cat([self.short_attention(query, short), self.long_attention(query, sequence)], dim=-1)
+    def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
+        """``[B, 2d]`` interest of each row towards its target ``query [B, d]``; a wrapped long branch gets ``losses``."""
+        if isinstance(self.long_attention, TargetAttention):
+            return run_planned([self], [query], [sequence])[0]
+        short = self.short_attention(query, self._short(sequence))
+        long = self.long_attention(query, sequence, *(() if losses is None else (losses,)))
+        return torch.cat([short, long], dim=-1)
+
+    def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
+        """Both branches' attention (for a long branch that is plain attention)."""
+        short = self.short_attention.plan(query, self._short(sequence))
+        long = self.long_attention.plan(query, sequence)  # type: ignore[operator]
+        return short + long if short and long else None
+
+    def finish(self, query: Tensor, pooled: list[Tensor] | None) -> Tensor:
+        """``[short ; long]``."""
+        branches = (self.short_attention, self.long_attention)
+        parts = [None, None] if pooled is None else [[result] for result in pooled]
+        return torch.cat([b.finish(query, part) for b, part in zip(branches, parts, strict=True)], dim=-1)  # type: ignore[operator]
+
+    def _short(self, sequence: Sequence) -> Sequence:
+        return self._longctr_window(sequence) if self.longctr_compat else sequence.last(self.short_seq_len - 1)
 
     def _longctr_window(self, sequence: Sequence) -> Sequence:
         """LongCTR's slices ``[-S:-1]`` of L+1 item columns and of L mask columns: the mask lags the items by one."""
         size, length = self.short_seq_len, sequence.index.shape[1]
         if length < size:
-            raise ValueError(
+            raise ConfigError(
                 f"longctr_compat: LongCTR cannot run a batch padded to {length} items when short_seq_len is {size}; "
                 "set longctr_compat: False, or a smaller short_seq_len"
             )

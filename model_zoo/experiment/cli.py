@@ -64,6 +64,9 @@ def _main(root: str, options: argparse.Namespace) -> int:
         experiment.resolve_paths(params, root)
         dry_run(config, params, experiment.build_model(params, build_feature_map(params), None))
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    console = logging.StreamHandler(sys.stdout)
+    # FuxiCTR logs through the root logger; its lines go to run.log, the console shows ours and any warning
+    console.addFilter(lambda line: line.name == "model_zoo" or line.levelno >= logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console], force=True)
     experiment.run(config, params, root, config_dir)
     return 0

@@ -114,7 +114,7 @@ def read_sections(config_dir: str, kind: str) -> list[tuple[str, Section]]:
     seen: dict[str, str] = {}
     for path in paths:
         for name, section in _read_file(path):
-            if name in seen and name != BASE:
+            if name in seen and (name != BASE or seen[name] == path):
                 raise ConfigError(f"{path}: '{name}' is defined in {seen[name]} already; rename one of them")
             seen[name] = path
             sections.append((name, section))
@@ -123,39 +123,57 @@ def read_sections(config_dir: str, kind: str) -> list[tuple[str, Section]]:
 
 def _read_file(path: str) -> list[tuple[str, Section]]:
     """The top-level mappings of one yaml file, merge keys applied, duplicate keys refused."""
-    with open(path, encoding="utf-8") as file:
-        loader = yaml.SafeLoader(file)
-        try:
-            root = loader.get_single_node()
-            if root is None:
-                return []
-            if not isinstance(root, yaml.MappingNode):
-                raise ConfigError(f"{path}: must map names to settings")
-            sections = []
-            for name_node, node in root.value:
-                name = str(loader.construct_object(name_node))
-                if not isinstance(node, yaml.MappingNode):
-                    raise ConfigError(f"{path}:{node.start_mark.line + 1}: '{name}' must map keys to values")
-                _refuse_duplicates(path, name, node)
-                loader.flatten_mapping(node)
-                lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
-                values = loader.construct_object(node, deep=True)
-                sections.append((name, Section(path, values, lines)))
-            return sections
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{path}: not valid yaml: {reason}") from None
-        finally:
-            loader.dispose()
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable text file ({error})") from None
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: must map names to settings")
+        sections = []
+        checked: set[int] = set()
+        for name_node, node in root.value:
+            name = str(loader.construct_object(name_node))
+            if not isinstance(node, yaml.MappingNode):
+                raise ConfigError(f"{path}:{node.start_mark.line + 1}: '{name}' must map keys to values")
+            if id(node) not in checked:  # an alias of a section seen before has its merge keys applied
+                _refuse_bad_keys(path, name, node)
+                checked.add(id(node))
+            loader.flatten_mapping(node)
+            lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+            values = loader.construct_object(node, deep=True)
+            sections.append((name, Section(path, values, lines)))
+        return sections
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not valid yaml: {reason}") from None
+    finally:
+        loader.dispose()
 
 
-def _refuse_duplicates(path: str, name: str, node: yaml.MappingNode) -> None:
+def _refuse_bad_keys(path: str, name: str, node: yaml.MappingNode) -> None:
+    """Refuse keys that stand twice, and keys that yaml does not read as text (``on``, ``1``), at any depth."""
     seen: dict[str, int] = {}
-    for key, _ in node.value:
+    for key, value in node.value:
         line = key.start_mark.line + 1
+        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            shown = f"'{key.value}'" if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            raise ConfigError(f"{path}:{line}: '{name}' has {shown} for a key, which is not text; put it in quotes")
         if key.value in seen and key.value != "<<":
             raise ConfigError(f"{path}:{line}: '{name}' sets '{key.value}' twice (also on line {seen[key.value]})")
         seen[key.value] = line
+        if key.value != "<<":
+            for child in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(child, yaml.MappingNode):
+                    _refuse_bad_keys(path, f"{name}: {key.value}", child)
 
 
 def _find(name: str, sections: list[tuple[str, Section]], what: str, config_dir: str) -> Section:

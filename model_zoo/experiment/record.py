@@ -15,20 +15,27 @@ from typing import Any
 import torch
 import yaml
 
+from model_zoo.errors import ConfigError
+
 PACKAGES = ("torch", "fuxictr", "numpy", "polars", "scikit-learn", "h5py", "pydantic", "mamba-ssm")
 
 
 def new_run_folder(model_root: str, dataset_id: str, expid: str, seed: int) -> str:
-    """A folder of its own for this run, ``<model_root>/<dataset_id>/<expid>/<time>-seed<seed>``."""
+    """A folder of its own for this run, ``<model_root>/<dataset_id>/<expid>/<time>-seed<seed>``.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     stem = os.path.join(model_root, dataset_id, expid, f"{time.strftime('%Y%m%d-%H%M%S')}-seed{seed}")
     for number in range(1, 1000):
         folder = stem if number == 1 else f"{stem}-{number}"
         try:
             os.makedirs(folder)
             return folder
-        except FileExistsError:
-            continue
-    raise FileExistsError(stem)
+        except OSError as error:
+            if not os.path.isdir(folder):
+                raise ConfigError(f"{folder}: cannot be made ({error.strerror}); choose another model_root") from None
+    raise ConfigError(f"{stem}: used a thousand times; choose another model_root")
 
 
 def write_whole(path: str, text: str) -> None:

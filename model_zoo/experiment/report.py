@@ -6,10 +6,9 @@ import logging
 import os
 from typing import Any
 
-import polars as pl
-
 from model_zoo.errors import DataError
 from model_zoo.experiment.config import Config
+from model_zoo.pipeline.columns import row_count
 from model_zoo.pipeline.dataset import CTRDataset
 from model_zoo.sequential_ctr import SequentialCTR
 
@@ -111,11 +110,7 @@ def dry_run(config: Config, params: dict[str, Any], model: SequentialCTR) -> str
             missing.append(path)
             lines.append(f"{key}: {path}: missing")
             continue
-        try:
-            rows = pl.scan_parquet(path).select(pl.len()).collect().item()
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-        lines.append(f"{key}: {path}: {rows:,} rows, {os.path.getsize(path) / 2**20:.1f} MiB")
+        lines.append(f"{key}: {path}: {row_count(path):,} rows, {os.path.getsize(path) / 2**20:.1f} MiB")
     print("\n".join(lines))
     if missing:
         raise DataError(f"{missing[0]}: no such file; see data/README.md for how to get or build the data set")

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from model_zoo.compat import seed_everything
+from model_zoo.compat import get_activation, get_regularizer, seed_everything
 from model_zoo.errors import ConfigError, DataError, UserError
 from model_zoo.experiment import record, report
 from model_zoo.experiment.config import Config
 from model_zoo.pipeline.baselines import popularity_baselines
-from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset
+from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset, with_extension
 from model_zoo.pipeline.feature_map import build_feature_map
 from model_zoo.pipeline.loader import SequenceLoader
 from model_zoo.pipeline.pretrained_vectors import load_pretrained
@@ -32,10 +32,11 @@ def resolve_paths(params: dict[str, Any], root: str) -> None:
     """Make the data paths absolute: relative to the working directory if the file is there, else to the repository."""
     for key in PATH_KEYS:
         path = params.get(key)
-        if path and not os.path.isabs(path):
-            params[key] = os.path.abspath(path) if os.path.exists(path) else os.path.normpath(os.path.join(root, path))
-    params["model_root"] = os.path.join(root, params["model_root"])
-    params["data_root"] = os.path.join(root, params.get("data_root") or "data")
+        if path:
+            here, there = (with_extension(os.path.normpath(os.path.join(base, path))) for base in (os.getcwd(), root))
+            params[key] = here if os.path.exists(here) else there
+    for key, default in (("model_root", "checkpoints"), ("data_root", "data")):
+        params[key] = os.path.normpath(os.path.join(root, params.get(key) or default))
 
 
 def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | None) -> SequentialCTR:
@@ -44,6 +45,7 @@ def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | 
     Raises:
         ConfigError: a value that the model's constructor refuses.
     """
+    check_names(params)
     pretrained = load_pretrained(feature_map, params["embedding_dim"])
     items = dataset.item_features() if dataset else None
     try:
@@ -52,6 +54,25 @@ def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | 
         raise
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{params['model_id']}: {error}") from None
+
+
+def check_names(params: dict[str, Any]) -> None:
+    """Refuse names that FuxiCTR would look up in vain, some of them only at the first training step.
+
+    Raises:
+        ConfigError: an activation that ``torch.nn`` lacks, or a regulariser that is none.
+    """
+    activations = params.get("dnn_activations", "relu")
+    for name in activations if isinstance(activations, list) else [activations]:
+        try:
+            get_activation(name, 1)
+        except (AttributeError, NotImplementedError):
+            raise ConfigError(f"dnn_activations: {name!r}: write relu, or the name of a layer in torch.nn") from None
+    for key in ("embedding_regularizer", "net_regularizer"):
+        try:
+            get_regularizer(params.get(key) or None)
+        except (NotImplementedError, ValueError):
+            raise ConfigError(f"{key}: {params[key]!r}: write a number, l1(x), l2(x) or l1_l2(x,y)") from None
 
 
 def check_device(gpu: int) -> None:
@@ -75,6 +96,7 @@ def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> d
     check_labels(dataset, [*params["metrics"], *_monitored(params["monitor"])])
     model = build_model(params, feature_map, dataset)
     loaders = make_loaders(dataset, params)
+    check_eval_steps(model, len(loaders["train"]), params)
     folder = record.new_run_folder(params["model_root"], params["dataset_id"], params["model_id"], params["seed"])
     handler = _log_to(os.path.join(folder, "run.log"))
     try:
@@ -113,6 +135,19 @@ def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> d
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def check_eval_steps(model: SequentialCTR, batches: int, params: dict[str, Any]) -> None:
+    """Refuse evaluations that a phase is too short to reach.
+
+    Raises:
+        ConfigError: ``eval_steps`` is longer than a whole phase.
+    """
+    epochs = params["epochs"]
+    plan = [phase.epochs for phase in model.phases(epochs)] if isinstance(model, ThreePhaseCTR) else [epochs]
+    steps = min(plan) * batches
+    if (params.get("eval_steps") or 0) > steps:
+        raise ConfigError(f"eval_steps: {params['eval_steps']}: must be at most {steps}, the steps of the shortest phase")
 
 
 def make_loaders(dataset: CTRDataset, params: dict[str, Any]) -> dict[str, SequenceLoader]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from model_zoo.errors import ConfigError
 from model_zoo.experiment.config import Config
+from model_zoo.pipeline.metrics import check_metrics
 
 Monitor = str | dict[str, float]
 
@@ -53,13 +55,15 @@ DATA_KEYS: dict[str, Any] = {
 }
 #: keys that LongCTR's and FuxiCTR's configs carry and that have nothing to set here
 IGNORED_KEYS = {"num_workers", "pickle_feature_encoder", "debug_mode", "feature_config"}
-#: (key, smallest value)
+#: smallest value of a number, or of each of a list of numbers
 LOWER_BOUNDS = {
     "epochs": 1, "batch_size": 1, "max_len": 1, "embedding_dim": 1, "accumulation_steps": 1, "early_stop_patience": 1,
     "eval_steps": 1, "learning_rate": 0, "attention_dim": 1, "num_heads": 1, "topk": 1, "codebook_dim": 1,
     "n_item_experts": 0, "n_window_experts": 0, "phase1_epochs": 1, "phase2_epochs": 0, "phase3_epochs": 0,
-    "kmeans_tokens": 0, "window_size": 1, "window_stride": 1,
+    "kmeans_tokens": 0, "window_size": 1, "window_stride": 1, "seed": 0,
+    "dnn_hidden_units": 1, "embedding_regularizer": 0, "net_regularizer": 0, "max_gradient_norm": 0,
 }  # fmt: skip
+SEED_LIMIT = 2**32  # numpy's
 REQUIRED = ("model", "dataset_id", "train_data", "valid_data", "user_info", "item_info", "feature_cols", "label_col")
 DEFAULTS: dict[str, Any] = {
     "model_root": "./checkpoints/", "seed": 2024, "epochs": 100, "batch_size": 8192, "max_len": 50, "shuffle": True,
@@ -112,12 +116,38 @@ def validate(config: Config) -> dict[str, Any]:
         except ValidationError as error:
             problems.append(f"{where}: {key}: {value!r}: {_reason(error)}")
             continue
-        low = LOWER_BOUNDS.get(key)
-        if low is not None and isinstance(values[key], int | float) and values[key] < low:
-            problems.append(f"{where}: {key}: {value!r}: must be at least {low}")
+        fault = _out_of_bounds(key, values[key])
+        if fault:
+            problems.append(f"{where}: {key}: {value!r}: {fault}")
+    if values["seed"] >= SEED_LIMIT:
+        problems.append(f"{config.origin['seed']}: seed: {values['seed']}: must be below {SEED_LIMIT}")
+    try:
+        monitored = [values["monitor"]] if isinstance(values["monitor"], str) else [*values["monitor"]]
+        if not monitored:
+            problems.append("monitor: names no metric; write for example `monitor: AUC`")
+        check_metrics([*values["metrics"], *monitored], grouped=bool(values["group_id"]))
+    except ConfigError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError(f"{config.expid}: {'; '.join(problems)}")
     return values
+
+
+def _out_of_bounds(key: str, value: Any) -> str | None:
+    """What is wrong with a number, or with one of a list of numbers."""
+    low, high = LOWER_BOUNDS.get(key), None
+    if key.endswith("dropout"):
+        low, high = 0, 1
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int | float):
+            continue
+        if math.isnan(number):
+            return "must be a number"
+        if low is not None and number < low:
+            return f"must be at least {low}"
+        if high is not None and number > high:
+            return f"must be at most {high}"
+    return None
 
 
 def _number(value: Any, annotation: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from model_zoo.layers.attend_items import run_planned
 from model_zoo.layers.routers import Routing
 from model_zoo.layers.sequence import Sequence
 
@@ -36,13 +37,21 @@ class RoutedExperts(nn.Module):
         Returns:
             ``[B, out_dim]``.
         """
-        output = query.new_zeros(query.shape[0], self.out_dim)
+        jobs: list[tuple[nn.Module, Tensor, Tensor, Sequence]] = []  # expert, its rows, their gates, their tokens
         for number, expert in enumerate(self.experts):
             mine = (routing.chosen == number) & active.unsqueeze(1)  # [B, k]
             rows = mine.any(1).nonzero().squeeze(1)
-            if rows.numel() == 0:
-                continue
-            gate = (routing.gates * mine).sum(1)[rows]
-            answer = expert(query[rows], sequence.select(rows).compact(routing.reads(number, rows)))
+            if rows.numel():
+                gate = (routing.gates * mine).sum(1)[rows]
+                jobs.append((expert, rows, gate, sequence.select(rows).compact(routing.reads(number, rows))))
+        output = query.new_zeros(query.shape[0], self.out_dim)
+        if not jobs:
+            return output
+        queries = [query[rows] for _, rows, _, _ in jobs]
+        if all(hasattr(expert, "plan") for expert, _, _, _ in jobs):
+            answers = run_planned([job[0] for job in jobs], queries, [job[3] for job in jobs])  # type: ignore[misc]
+        else:
+            answers = [job[0](rows_query, job[3]) for job, rows_query in zip(jobs, queries, strict=True)]
+        for (_, rows, gate, _), answer in zip(jobs, answers, strict=True):
             output = output.index_add(0, rows, (answer * gate.unsqueeze(1)).to(output.dtype))
         return output

@@ -109,10 +109,11 @@ class Sequence:
         offset = torch.arange(size, device=device)
         lengths = self.lengths.unsqueeze(1)  # [B, 1]
         if align == "right":
-            count = 1 + max(-((size - length) // stride), 0) if length else 0
+            reach = max(size, stride)  # items from the end that a window's predecessor covers or skips
+            count = 1 + max(-((reach - length) // stride), 0) if length else 0
             from_end = torch.arange(count - 1, -1, -1, device=device) * stride  # [W], oldest window first
             column = (length - 1 - from_end.unsqueeze(1) - (size - 1 - offset)).expand(batch, -1, -1)
-            exists = torch.where(from_end == 0, lengths > 0, lengths > from_end - stride + size)  # [B, W]
+            exists = torch.where(from_end == 0, lengths > 0, lengths > from_end - stride + reach)  # [B, W]
         else:
             count = max((length - size) // stride + 1, 0)
             from_start = torch.arange(count, device=device) * stride

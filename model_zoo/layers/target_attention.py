@@ -1,69 +1,13 @@
 """Multi-head target attention over a sequence, optionally truncated to each head's top-k tokens."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_zoo.layers.attend_items import MASKED_SCORE, AttendPlan, gathered, run_planned
 from model_zoo.layers.sequence import Sequence
-
-MASKED_SCORE = -1.0e9
-
-
-class _AttendItems(torch.autograd.Function):
-    """`attend_items` with a backward of two batched products and one scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, items: Tensor, index: Tensor, mask: Tensor, keep: Tensor | None,
-                attend_padding: bool) -> Tensor:  # fmt: skip
-        vectors = items.index_select(0, index.reshape(-1)).view(*index.shape, -1)  # [R, K, d]
-        scores = query @ vectors.transpose(1, 2)  # [R, H, K]
-        weight = scores.masked_fill_(~mask.unsqueeze(1), MASKED_SCORE).softmax(-1)
-        if not attend_padding:
-            weight = weight * mask.unsqueeze(1)
-        kept = weight if keep is None else weight * keep
-        ctx.save_for_backward(query, vectors, index, weight, kept, keep, mask)
-        ctx.num_items = items.shape[0]
-        return kept @ vectors
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, vectors, index, weight, kept, keep, mask = ctx.saved_tensors
-        d_weight = grad @ vectors.transpose(1, 2)  # [R, H, K]
-        if keep is not None:
-            d_weight = d_weight * keep
-        # softmax; a masked score is a constant and passes no gradient
-        d_scores = weight * (d_weight - (weight * d_weight).sum(-1, keepdim=True)) * mask.unsqueeze(1)
-        d_query = d_scores @ vectors
-        d_items = None
-        if ctx.needs_input_grad[1]:
-            # each position's row receives kept^T grad + d_scores^T query: one product with the two stacked
-            rows = torch.cat([kept, d_scores], 1).transpose(1, 2) @ torch.cat([grad, query], 1)
-            d_items = rows.new_zeros(ctx.num_items, rows.shape[-1])
-            d_items.index_add_(0, index.reshape(-1), rows.view(-1, rows.shape[-1]))
-        return d_query, d_items, None, None, None, None
-
-
-def attend_items(
-    query: Tensor, items: Tensor, index: Tensor, mask: Tensor, keep: Tensor | None = None, attend_padding: bool = False
-) -> Tensor:
-    """``sum_l softmax_l(query . x_l) keep_l x_l`` over indexed item vectors.
-
-    Args:
-        query: ``[R, H, d]``, already scaled.
-        items: ``[U, d]``.
-        index: ``[R, K]`` int64 rows of ``items``.
-        mask: ``[R, K]`` bool, True = real.
-        keep: ``[R, H, K]`` dropout factors (0 or 1 / (1 - p)), or None.
-        attend_padding: rows without a real token attend evenly to all K; otherwise they give zeros.
-
-    Returns:
-        ``[R, H, d]``.
-    """
-    return _AttendItems.apply(query, items, index, mask, keep, attend_padding)
 
 
 class TargetAttention(nn.Module):
@@ -116,9 +60,13 @@ class TargetAttention(nn.Module):
         Returns:
             ``[B, d]``; zeros for rows without a real token (unless ``attend_padding``).
         """
+        return run_planned([self], [query], [sequence])[0]
+
+    def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
+        """Absorbed queries and the tokens kept for them."""
         batch, length = sequence.index.shape
         if length == 0 or batch == 0:
-            return query.new_zeros(batch, self.out_dim)
+            return None
         heads, dim = self.num_heads, query.shape[1]
         head_query = self.W_q(query).view(batch, heads, -1)  # [B, h, a/h]
         absorbed = torch.einsum("bhe,hed->bhd", head_query, self.W_k.weight.view(heads, -1, dim))
@@ -133,8 +81,15 @@ class TargetAttention(nn.Module):
         if self.training and self.dropout > 0:
             ones = absorbed.new_ones(absorbed.shape[0], absorbed.shape[1], index.shape[1])
             keep = F.dropout(ones, self.dropout)
-        pooled = attend_items(absorbed, sequence.items, index, mask, keep, self.attend_padding).view(batch, heads, dim)
-        values = torch.einsum("bhd,hed->bhe", pooled, self.W_v.weight.view(heads, -1, dim))
+        return [AttendPlan(absorbed, index, mask, keep, self.attend_padding)]
+
+    def finish(self, query: Tensor, pooled: list[Tensor] | None) -> Tensor:
+        """Value and output projections of the pooled items."""
+        if pooled is None:
+            return query.new_zeros(query.shape[0], self.out_dim)
+        heads, (batch, dim) = self.num_heads, query.shape
+        by_head = pooled[0].view(batch, heads, dim)
+        values = torch.einsum("bhd,hed->bhe", by_head, self.W_v.weight.view(heads, -1, dim))
         return self.W_o(values.reshape(batch, -1))
 
     @torch.no_grad()
@@ -142,12 +97,7 @@ class TargetAttention(nn.Module):
         """Columns of each head's ``topk`` best-scored tokens, ``[B, h, topk]``."""
         assert self.topk is not None
         batch, length = sequence.index.shape
-        # by groups of rows whose gathered vectors fit in a core's cache; on a GPU in fewer, larger groups
-        budget = 2**26 if absorbed.is_cuda else 2**18
-        rows = max(budget // (length * absorbed.shape[2]), 1)
         scores = absorbed.new_empty(batch, self.num_heads, length)
-        for start in range(0, batch, rows):
-            group = slice(start, start + rows)
-            vectors = sequence.items[sequence.index[group]]
-            torch.matmul(absorbed[group], vectors.transpose(1, 2), out=scores[group])
+        for rows, vectors in gathered(sequence.items, sequence.index):
+            torch.matmul(absorbed[rows], vectors.transpose(1, 2), out=scores[rows])
         return scores.masked_fill_(~sequence.mask.unsqueeze(1), MASKED_SCORE).topk(self.topk, dim=-1).indices

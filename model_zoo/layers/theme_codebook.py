@@ -12,6 +12,8 @@ from torch import Tensor, nn
 COSINE_EPS = 1e-8
 #: Laplace smoothing of the cluster sizes in ``ema_mode="count"``
 COUNT_EPS = 1e-5
+#: points that k-means restarts see
+RESTART_SAMPLE = 8192
 
 EmaMode = Literal["batch_mean", "count"]
 
@@ -66,9 +68,11 @@ class ThemeCodebook(nn.Module):
         self.register_buffer("idle_updates", torch.zeros(num_themes, dtype=torch.long))
 
     def cosine(self, hidden: Tensor) -> Tensor:
-        """Eq. 3: cosine of each ``hidden [..., D]`` to each code, ``[..., n]``, in fp32."""
+        """Eq. 3: cosine of each ``hidden [..., D]`` to each code, ``[..., n]``, at the codes' precision."""
         codes = self.codes if self.learned else self.codes.detach()
-        return F.normalize(hidden.float(), dim=-1, eps=COSINE_EPS) @ F.normalize(codes, dim=-1, eps=COSINE_EPS).T
+        with torch.autocast(hidden.device.type, enabled=False):
+            unit = F.normalize(hidden.to(codes.dtype), dim=-1, eps=COSINE_EPS)
+            return unit @ F.normalize(codes, dim=-1, eps=COSINE_EPS).T
 
     @torch.no_grad()
     def ema_update(self, hidden: Tensor, themes: Tensor, weight: Tensor) -> None:
@@ -139,8 +143,8 @@ def cosine_kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Weighted k-means with cosine assignment and plain means as centroids, the geometry of eq. 3-4.
 
-    k-means++ seeding on unit vectors; an empty cluster restarts at the point farthest from its centroid; the best of
-    ``restarts`` by weighted cosine wins.
+    k-means++ seeding on unit vectors; an empty cluster restarts at the point farthest from its centroid. Restarts run on
+    a sample of the points; the best of them, by weighted cosine, is iterated on all.
 
     Args:
         points: ``[N, D]``, N >= 1.
@@ -150,43 +154,54 @@ def cosine_kmeans(
     Returns:
         ``(centroids [n, D] float32, sizes [n])`` on ``points``' device; themes in order of falling size.
     """
-    device = points.device
-    points, weight = points.double().cpu(), weight.double().cpu()
-    unit = F.normalize(points, dim=1, eps=COSINE_EPS)
+    points, weight = points.float(), weight.float()
     generator = torch.Generator().manual_seed(seed)
-    best: tuple[float, Tensor, Tensor] | None = None
+    sample = torch.randperm(len(points), generator=generator)[:RESTART_SAMPLE].to(points.device)
+    unit = F.normalize(points[sample], dim=1, eps=COSINE_EPS)
+    runs = []
     for _ in range(restarts):
-        centroids = _plus_plus(unit, weight, num_clusters, generator)
-        labels = torch.full((len(points),), -1)
-        for _ in range(iterations):
-            cosine = unit @ F.normalize(centroids, dim=1, eps=COSINE_EPS).T
-            fit, nearest = cosine.max(1)
-            if torch.equal(nearest, labels):
-                break
-            labels = nearest
-            size = torch.zeros(num_clusters, dtype=torch.double).index_add_(0, labels, weight)
-            total = torch.zeros_like(centroids).index_add_(0, labels, points * weight.unsqueeze(1))
-            centroids = total / size.clamp(min=1e-12).unsqueeze(1)
-            empty = (size == 0).nonzero().squeeze(1)
-            if empty.numel():
-                centroids[empty] = points[fit.argsort()[torch.arange(empty.numel()) % len(points)]]
-        score = float((fit * weight).sum())
-        if best is None or score > best[0]:
-            size = torch.zeros(num_clusters, dtype=torch.double).index_add_(0, labels, weight)
-            best = (score, centroids, size)
-    assert best is not None
-    order = best[2].argsort(descending=True, stable=True)
-    return best[1][order].float().to(device), best[2][order].float().to(device)
+        seeds = _plus_plus(unit, weight[sample], num_clusters, generator)
+        runs.append(_lloyd(points[sample], weight[sample], seeds, iterations))
+    best = max(runs, key=lambda run: run[2])
+    centroids, sizes, _ = _lloyd(points, weight, best[0], iterations)
+    order = sizes.argsort(descending=True, stable=True)
+    return centroids[order], sizes[order]
+
+
+def _lloyd(points: Tensor, weight: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, float]:
+    """Lloyd's iterations from given centroids: final centroids, cluster sizes, weighted sum of cosines."""
+    unit = F.normalize(points, dim=1, eps=COSINE_EPS)
+    weighted = points * weight.unsqueeze(1)
+    labels = torch.full((len(points),), -1, device=points.device)
+    size = weight.new_zeros(len(centroids))
+    for _ in range(iterations):
+        fit, nearest = (unit @ F.normalize(centroids, dim=1, eps=COSINE_EPS).T).max(1)
+        if torch.equal(nearest, labels):
+            break
+        labels = nearest
+        member = F.one_hot(labels, len(centroids)).to(points.dtype)
+        size = member.T @ weight
+        centroids = (member.T @ weighted) / size.clamp(min=1e-12).unsqueeze(1)
+        empty = (size == 0).nonzero().squeeze(1)
+        if empty.numel():
+            centroids[empty] = points[fit.argsort()[torch.arange(empty.numel(), device=fit.device) % len(points)]]
+    return centroids, size, float((fit * weight).sum())
 
 
 def _plus_plus(unit: Tensor, weight: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
     """k-means++ seeds: each next point drawn by weight times its cosine distance to the nearest seed."""
-    chosen = [int(torch.multinomial(weight, 1, generator=generator))]
-    distance = torch.full((len(unit),), torch.inf, dtype=unit.dtype)
+
+    def draw(mass: Tensor) -> int:
+        total = mass.double().cumsum(0)
+        point = torch.rand(1, generator=generator, dtype=torch.double).to(total.device) * total[-1]
+        return int(torch.searchsorted(total, point).clamp(max=len(mass) - 1))
+
+    chosen = [draw(weight)]
+    distance = torch.full((len(unit),), torch.inf, device=unit.device)
     while len(chosen) < num_clusters:
         distance = torch.minimum(distance, (1 - unit @ unit[chosen[-1]]).clamp(min=0))
         mass = weight * distance
         if float(mass.sum()) <= 0:
             mass = weight
-        chosen.append(int(torch.multinomial(mass, 1, generator=generator)))
+        chosen.append(draw(mass))
     return unit[chosen].clone()

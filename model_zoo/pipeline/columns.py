@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,20 @@ import polars as pl
 from model_zoo.errors import DataError
 
 Array = npt.NDArray[np.generic]
+Offsets = npt.NDArray[np.int64]
+
+#: one more than the largest int64, exact as a float
+TOO_LARGE = 2.0**63
+
+
+def column_names(path: str) -> list[str]:
+    """The columns of a parquet file.
+
+    Raises:
+        DataError: missing or unreadable file.
+    """
+    with _readable(path):
+        return _scan(path).collect_schema().names()
 
 
 def read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:
@@ -21,32 +36,59 @@ def read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:
     Raises:
         DataError: missing file, unreadable file, missing column.
     """
+    present = column_names(path)
+    missing = [name for name in columns if name not in present]
+    if missing:
+        near = difflib.get_close_matches(missing[0], present, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise DataError(f"{path}: no column '{missing[0]}'{hint}; it has {', '.join(present)}")
+    with _readable(path):
+        return _scan(path).select(columns).collect()
+
+
+def row_count(path: str) -> int:
+    """Rows of a parquet file, from its footer.
+
+    Raises:
+        DataError: missing or unreadable file.
+    """
+    with _readable(path):
+        return int(_scan(path).select(pl.len()).collect().item())
+
+
+def _scan(path: str) -> pl.LazyFrame:
+    """The file of this very name, whatever ``*``, ``[`` or ``=`` its path holds."""
+    return pl.scan_parquet(path, glob=False, hive_partitioning=False)
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """A file that cannot be read is the user's error."""
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file; see data/README.md for how to get or build the data set")
     try:
-        present = pl.read_parquet_schema(path)
-        missing = [name for name in columns if name not in present]
-        if missing:
-            near = difflib.get_close_matches(missing[0], list(present), n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
-            raise DataError(f"{path}: no column '{missing[0]}'{hint}; it has {', '.join(present)}")
-        return pl.read_parquet(path, columns=list(columns))
+        yield
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a readable parquet file ({reason}); copy or build it again") from None
 
 
-def integers(series: pl.Series, path: str) -> npt.NDArray[np.int64]:
+def integers(series: pl.Series, path: str, offsets: Offsets | None = None) -> npt.NDArray[np.int64]:
     """A column of whole numbers, stored as integer, float or bool, as int64 ``[N]``.
 
+    Args:
+        offsets: of the rows, if the column holds the flat values of `ragged`; for the error message.
+
     Raises:
-        DataError: null, NaN, fraction, or another type.
+        DataError: null, NaN, fraction, beyond int64, or another type.
     """
-    values = _numbers(series, path)
+    values = _numbers(series, path, offsets)
     if values.dtype.kind == "f":
         whole = np.rint(values)
-        _refuse(~(np.isfinite(values) & (values == whole)), series, path, "is not a whole number")
+        _refuse(~(np.isfinite(values) & (values == whole)), series, path, "is not a whole number", offsets)
         values = whole
+    if values.dtype.kind == "f" or values.dtype == np.uint64:
+        _refuse((values < -TOO_LARGE) | (values >= TOO_LARGE), series, path, "is beyond 64-bit integers", offsets)
     return values.astype(np.int64)
 
 
@@ -54,22 +96,43 @@ def floats(series: pl.Series, path: str) -> npt.NDArray[np.float32]:
     """A numeric column as finite float32 ``[N]``.
 
     Raises:
-        DataError: null, NaN or infinite value, or another type.
+        DataError: null, NaN or infinite value, one beyond float32, or another type.
     """
-    values = _numbers(series, path)
-    _refuse(~np.isfinite(values), series, path, "is NaN or infinite")
-    return values.astype(np.float32)
+    values = _float32(series, path)
+    _refuse(~np.isfinite(values), series, path, "is NaN, infinite or beyond float32")
+    return values
 
 
-def ids(series: pl.Series, path: str, vocab_size: int, what: str = "vocab_size") -> npt.NDArray[np.int32]:
+def ids(series: pl.Series, path: str, vocab_size: int, offsets: Offsets | None = None) -> npt.NDArray[np.int32]:
     """An id column as int32 ``[N]`` within ``[0, vocab_size)``.
+
+    Args:
+        offsets: as in `integers`.
 
     Raises:
         DataError: as `integers`, or an id out of range.
     """
-    values = integers(series, path)
-    _refuse((values < 0) | (values >= vocab_size), series, path, f"is outside 0..{vocab_size - 1}; {what} is too small")
+    values = integers(series, path, offsets)
+    _refuse(values < 0, series, path, "is negative; number the ids from 1, with 0 for padding", offsets)
+    beyond = f"is outside 0..{vocab_size - 1}; raise the column's vocab_size"
+    _refuse(values >= vocab_size, series, path, beyond, offsets)
     return values.astype(np.int32)
+
+
+def groups(series: pl.Series, path: str) -> npt.NDArray[np.int64]:
+    """A column of group ids of any scalar type as int64 ``[N]``, equal where the ids are.
+
+    Raises:
+        DataError: null, NaN, or a list.
+    """
+    if series.dtype.is_nested():
+        raise DataError(f"{path}: column '{series.name}' holds {series.dtype}; a group_id column holds one id per row")
+    _refuse(series.is_null().to_numpy(), series, path, "is null; give every row a group")
+    if series.dtype.is_integer() and series.dtype != pl.UInt64:
+        return integers(series, path)
+    if series.dtype.is_float():
+        _refuse(series.is_nan().to_numpy(), series, path, "is NaN; give every row a group")
+    return series.rank("dense").cast(pl.Int64).to_numpy()
 
 
 def id_lists(series: pl.Series, path: str, vocab_size: int, max_len: int) -> npt.NDArray[np.int32]:
@@ -79,7 +142,7 @@ def id_lists(series: pl.Series, path: str, vocab_size: int, max_len: int) -> npt
         DataError: not a list column, a null list, or an id that `ids` would refuse.
     """
     values, offsets = ragged(series, path)
-    flat = ids(pl.Series(series.name, values), path, vocab_size)
+    flat = ids(values, path, vocab_size, offsets)
     lengths = np.minimum(np.diff(offsets), max_len)
     table = np.zeros((len(series), max_len), dtype=np.int32)
     column = np.arange(max_len)
@@ -97,10 +160,13 @@ def vectors(series: pl.Series, path: str, width: int | None = None) -> npt.NDArr
     """
     values, offsets = ragged(series, path)
     lengths = np.diff(offsets)
-    wanted = width or (int(lengths[0]) if len(lengths) else 0)
-    _refuse(lengths != wanted, series, path, f"is not a vector of {wanted} numbers (set embedding_dim or pretrain_dim)")
-    numbers = _numbers(values, path).astype(np.float32).reshape(len(series), wanted)
-    _refuse(~np.isfinite(numbers).all(1), series, path, "holds a NaN or infinite value")
+    usual = int(np.bincount(lengths, minlength=2)[1:].argmax()) + 1
+    wanted = width or usual
+    fix = "build the column again" if wanted == usual else f"most rows hold {usual}: set embedding_dim or pretrain_dim"
+    _refuse(lengths != wanted, series, path, f"is not a vector of {wanted} numbers; {fix}")
+    numbers = _float32(values, path, offsets).reshape(len(series), wanted)
+    bad = ~np.isfinite(numbers).all(axis=1).reshape(-1)
+    _refuse(bad, series, path, "holds a value that is NaN, infinite or beyond float32")
     return numbers
 
 
@@ -118,23 +184,37 @@ def ragged(series: pl.Series, path: str) -> tuple[pl.Series, npt.NDArray[np.int6
     lengths = series.list.len().to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     nonempty = series.filter(pl.Series(lengths > 0))
-    inner = series.dtype.inner
-    values = nonempty.explode() if len(nonempty) else pl.Series(series.name, [], dtype=inner)
-    return values.alias(series.name), offsets
+    if not len(nonempty):
+        inner = series.dtype.inner
+        return pl.Series(series.name, [], dtype=pl.Int64 if inner == pl.Null else inner), offsets
+    return nonempty.explode().alias(series.name), offsets
 
 
-def _numbers(series: pl.Series, path: str) -> Array:
+def _numbers(series: pl.Series, path: str, offsets: Offsets | None = None) -> Array:
     """The values of a numeric or boolean column without nulls."""
     if not (series.dtype.is_numeric() or series.dtype == pl.Boolean):
-        raise DataError(f"{path}: column '{series.name}' holds {series.dtype}, not numbers; encode it as integers")
-    _refuse(series.is_null().to_numpy(), series, path, "is null")
+        raise DataError(f"{path}: column '{series.name}' holds {series.dtype}, not numbers; encode it as numbers")
+    _refuse(series.is_null().to_numpy(), series, path, "is null; fill it or drop the row", offsets)
+    if series.dtype.is_decimal() or str(series.dtype) in ("Int128", "UInt128"):  # numpy has neither
+        series = series.cast(pl.Float64)
     return series.to_numpy()
 
 
-def _refuse(bad: Array, series: pl.Series, path: str, reason: str) -> None:
-    """Raise for the first row where ``bad``."""
-    if bad.any():
-        row = int(np.argmax(bad))
-        value = series[row] if row < len(series) else None
-        shown = str(value.to_list()[:8] if isinstance(value, pl.Series) else value)
-        raise DataError(f"{path}: column '{series.name}', row {row}: {shown} {reason} ({int(bad.sum())} such rows)")
+def _float32(series: pl.Series, path: str, offsets: Offsets | None = None) -> npt.NDArray[np.float32]:
+    """The values of a numeric column; infinite where float32 does not reach."""
+    with np.errstate(over="ignore"):
+        return _numbers(series, path, offsets).astype(np.float32)
+
+
+def _refuse(bad: Array, series: pl.Series, path: str, reason: str, offsets: Offsets | None = None) -> None:
+    """Raise for the first value where ``bad``; with ``offsets`` the values are the flat ones of a list column."""
+    if not bad.any():
+        return
+    place = int(np.argmax(bad))
+    value = series[place]
+    shown = str(value.to_list()[:8] if isinstance(value, pl.Series) else value)
+    row, what = f"row {place}", "rows"
+    if offsets is not None:
+        number = int(np.searchsorted(offsets, place, side="right")) - 1
+        row, what = f"row {number}, position {place - offsets[number]}", "values"
+    raise DataError(f"{path}: column '{series.name}', {row}: {shown} {reason} ({int(bad.sum())} such {what})")

@@ -109,7 +109,7 @@ def load_dataset(feature_map: FeatureMap, params: dict[str, Any]) -> CTRDataset:
         if not path and key != "test_data":
             raise ConfigError(f"dataset {params['dataset_id']}: no path under '{key}'")
         if path:
-            files[key] = path if path.endswith(".parquet") or os.path.exists(path) else f"{path}.parquet"
+            files[key] = with_extension(path)
     item_columns = read_items(files["item_info"], feature_map)
     num_items = len(next(iter(item_columns.values())))
     histories = read_histories(files["user_info"], num_items)
@@ -118,6 +118,11 @@ def load_dataset(feature_map: FeatureMap, params: dict[str, Any]) -> CTRDataset:
         if f"{name}_data" in files:
             splits[name] = read_split(files[f"{name}_data"], name, feature_map, histories, num_items)
     return CTRDataset(feature_map, item_columns, histories, splits, files)
+
+
+def with_extension(path: str) -> str:
+    """The path of a parquet file whose extension a config may leave out."""
+    return path if path.endswith(".parquet") or os.path.exists(path) else f"{path}.parquet"
 
 
 def read_items(path: str, feature_map: FeatureMap) -> dict[str, columns.Array]:
@@ -130,22 +135,22 @@ def read_items(path: str, feature_map: FeatureMap) -> dict[str, columns.Array]:
     order = _rows_in_order(index, path, "item_index")
     if len(index) == 0 or index[order[0]] != 0:
         raise DataError(f"{path}: column 'item_index' has no 0; add the padding row, item_index 0, all features 0")
-    return {name: feature_column(table[name], path, spec)[order] for name, spec in specs.items()}
+    width = feature_map.default_emb_dim
+    return {name: feature_column(table[name], path, spec, width)[order] for name, spec in specs.items()}
 
 
 def read_histories(path: str, num_items: int) -> Histories:
     """Ragged histories with row = user_index, whatever the order of the file's rows."""
-    table = columns.read_table(path, ["full_item_seq"])
-    if "user_index" in pl.read_parquet_schema(path):
-        index = columns.integers(columns.read_table(path, ["user_index"])["user_index"], path)
+    named = "user_index" in columns.column_names(path)
+    table = columns.read_table(path, ["user_index", "full_item_seq"] if named else ["full_item_seq"])
+    values, offsets = columns.ragged(table["full_item_seq"], path)
+    items = columns.integers(values, path, offsets)
+    if named:
+        index = columns.integers(table["user_index"], path)
         order = _rows_in_order(index, path, "user_index")
         if len(index) and index[order[0]] != 0:
             raise DataError(f"{path}: column 'user_index' starts at {index[order[0]]}; number the users from 0")
-        if not np.array_equal(order, np.arange(len(order))):
-            table = table[order]
-    series = table["full_item_seq"]
-    values, offsets = columns.ragged(series, path)
-    items = columns.integers(values, path)
+        items, offsets = _reordered(items, offsets, order)
     for bad, reason in (
         (items >= num_items, f"is not in item_info, whose last item_index is {num_items - 1}"),
         (items < 0, "is negative"),
@@ -185,17 +190,24 @@ def read_split(path: str, name: str, feature_map: FeatureMap, histories: Histori
     _check(seq_len, seq_len < 0, path, "seq_len", "a length cannot be negative")
     _check(seq_len, seq_len > longest, path, "seq_len", "beyond the user's history in user_info; rebuild the split")
     _check(target, (target != 0) & (target != 1), path, label, "labels must be 0 or 1")
-    group = None
-    if group_id:
-        series = table[group_id]
-        group = columns.integers(series, path) if series.dtype.is_numeric() else _codes(series)
-    context = {feature: feature_column(table[feature], path, spec) for feature, spec in specs.items()}
+    group = columns.groups(table[group_id], path) if group_id else None
+    width = feature_map.default_emb_dim
+    context = {feature: feature_column(table[feature], path, spec, width) for feature, spec in specs.items()}
     narrow = [column.astype(np.int32) for column in (user, item, seq_len)]
     return Split(name, path, narrow[0], narrow[1], narrow[2], target, context, group)
 
 
-def feature_column(series: pl.Series, path: str, spec: dict[str, Any]) -> columns.Array:
-    """One feature's values as its type says: int32 ``[N]``, int32 ``[N, max_len]``, float32 ``[N]`` or ``[N, m]``."""
+def feature_column(
+    series: pl.Series, path: str, spec: dict[str, Any], default_width: int | None = None
+) -> columns.Array:
+    """One feature's values as its type says: int32 ``[N]``, int32 ``[N, max_len]``, float32 ``[N]`` or ``[N, m]``.
+
+    Args:
+        default_width: the experiment's ``embedding_dim``, which an embedding feature has that names no width itself.
+
+    Raises:
+        DataError: a value that does not fit the feature's specification.
+    """
     kind = spec["type"]
     if kind == "categorical":
         return columns.ids(series, path, spec["vocab_size"])
@@ -203,8 +215,14 @@ def feature_column(series: pl.Series, path: str, spec: dict[str, Any]) -> column
         return columns.id_lists(series, path, spec["vocab_size"], spec["max_len"])
     if kind == "numeric":
         return columns.floats(series, path)
-    identity = "Identity" in str(spec.get("feature_encoder", ""))
-    return columns.vectors(series, path, spec.get("pretrain_dim") or (spec.get("embedding_dim") if identity else None))
+    encoder, embedding = spec.get("feature_encoder"), spec.get("embedding_dim", default_width)
+    if not encoder:
+        width = spec.get("pretrain_dim", embedding)
+    elif "Identity" in str(encoder):
+        width = spec.get("emb_output_dim", embedding)
+    else:
+        width = spec.get("pretrain_dim")
+    return columns.vectors(series, path, width)
 
 
 def check_labels(dataset: CTRDataset, metrics: list[str]) -> None:
@@ -245,14 +263,22 @@ def _rows_in_order(index: npt.NDArray[np.int64], path: str, column: str) -> npt.
     return order
 
 
+def _reordered(
+    values: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], order: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """A ragged array with its rows in another order."""
+    if np.array_equal(order, np.arange(len(order))):
+        return values, offsets
+    lengths = np.diff(offsets)[order]
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    place = np.arange(len(values)) + np.repeat(offsets[:-1][order] - ends[:-1], lengths)
+    return values[place], ends
+
+
 def _check(values: columns.Array, bad: npt.NDArray[np.bool_], path: str, column: str, reason: str) -> None:
     if bad.any():
         row = int(np.argmax(bad))
         raise DataError(f"{path}: column '{column}', row {row}: {values[row]}: {reason} ({int(bad.sum())} such rows)")
-
-
-def _codes(series: pl.Series) -> npt.NDArray[np.int64]:
-    return np.unique(series.cast(pl.String).to_numpy(), return_inverse=True)[1].astype(np.int64)
 
 
 def _digest(path: str) -> str:

@@ -30,7 +30,7 @@ RAW_COLUMNS: dict[str, dict[str, pl.DataType]] = {
     "test.parquet": _IMPRESSIONS,
     "user_sequences.parquet": {"user_id": _INT, "last_time_ms": _INT, "long_watch_seq": pl.List(_INT)},
     "item_features.parquet": {"video_id": _INT, "author_id": _INT, "tag": _TEXT, "video_duration": pl.Float64()},
-    "user_features.parquet": {"user_id": _INT, **dict(zip(USER_FEATURES, (_TEXT, _TEXT, _INT)))},
+    "user_features.parquet": {"user_id": _INT, **dict(zip(USER_FEATURES, (_TEXT, _TEXT, _INT), strict=True))},
 }
 _KEYS = {"user_sequences.parquet": "user_id", "item_features.parquet": "video_id", "user_features.parquet": "user_id"}
 _MAY_BE_NULL = {"tag", "video_duration", "author_id", "tab", *USER_FEATURES}

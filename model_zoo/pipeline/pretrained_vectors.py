@@ -58,7 +58,8 @@ def read_vectors(path: str, feature: str, vocab_size: int, width: int) -> tuple[
     except ValueError:
         raise DataError(f"{path}: 'key' must hold the feature's integer ids, not {key.dtype}") from None
     if value.ndim != 2 or value.shape != (len(ids), width):
-        raise DataError(f"{path}: 'value' is {value.shape}, feature '{feature}' needs ({len(ids)}, {width}); set pretrain_dim")
+        wanted = (len(ids), width)
+        raise DataError(f"{path}: 'value' is {value.shape}, feature '{feature}' needs {wanted}; set pretrain_dim")
     if len(np.unique(ids)) != len(ids):
         raise DataError(f"{path}: 'key' holds an id twice")
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):

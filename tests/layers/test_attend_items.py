@@ -1,0 +1,83 @@
+"""The fused attention over item rows: its value, its hand-written gradient, and many calls run as one."""
+
+import pytest
+import torch
+from oracles import gradients, ragged
+
+from model_zoo.layers.attend_items import AttendPlan, attend_items, attend_plans
+
+# float64 sums of at most a few dozen terms of order one, taken in another order
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def dropout_factors(*shape: int, seed: int = 0):
+    return torch.randint(2, shape, generator=torch.Generator().manual_seed(seed)).double() / 0.5
+
+
+def plain(query, items, index, mask, keep, attend_padding):
+    vectors = items[index]
+    scores = (query.unsqueeze(2) * vectors.unsqueeze(1)).sum(-1).masked_fill(~mask.unsqueeze(1), -1e9)
+    weight = scores.softmax(-1)
+    if keep is not None:
+        weight = weight * keep
+    if not attend_padding:
+        weight = weight * mask.unsqueeze(1)
+    return (weight.unsqueeze(-1) * vectors.unsqueeze(1)).sum(2)
+
+
+@pytest.mark.parametrize("attend_padding", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_output_and_gradients_equal_the_plain_formula(dropout, heads, attend_padding):
+    sequence = ragged([4, 0, 2], 5, padding=1)
+    query = torch.randn(3, heads, 5, dtype=torch.double, requires_grad=True)
+    keep = dropout_factors(3, heads, 5) if dropout else None
+    arguments = (query, sequence.items, sequence.index, sequence.mask, keep, attend_padding)
+    output, expected = attend_items(*arguments), plain(*arguments)
+    torch.testing.assert_close(output, expected, **EXACT)
+    leaves = [query, sequence.items]
+    for got, want in zip(gradients(output, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
+
+
+@pytest.mark.parametrize("attend_padding", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_gradient_is_the_derivative(dropout, attend_padding):
+    sequence = ragged([3, 1, 0], 4, num_items=5)
+    query = torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True)
+    keep = dropout_factors(3, 2, 3) if dropout else None
+
+    def apply(q, items):
+        return attend_items(q, items, sequence.index, sequence.mask, keep, attend_padding)
+
+    assert torch.autograd.gradcheck(apply, (query, sequence.items))
+
+
+def test_constant_items_leave_the_query_gradient_as_it_is():
+    sequence = ragged([3, 1], 4)
+    query = torch.randn(2, 1, 4, dtype=torch.double, requires_grad=True)
+    (expected,) = gradients(attend_items(query, sequence.items, sequence.index, sequence.mask), [query])
+    (got,) = gradients(attend_items(query, sequence.items.detach(), sequence.index, sequence.mask), [query])
+    assert torch.equal(got, expected)
+
+
+def test_plans_of_different_lengths_heads_and_dropout_give_what_single_calls_give():
+    items = ragged([], 5).items
+    shapes = [(3, 1, 4, True, False), (2, 1, 7, False, False), (4, 2, 3, True, False), (2, 2, 5, False, True),
+              (1, 1, 1, False, False), (2, 1, 6, False, True)]  # fmt: skip
+    plans = []
+    for seed, (rows, heads, length, dropout, attend_padding) in enumerate(shapes):
+        generator = torch.Generator().manual_seed(seed)
+        query = torch.randn(rows, heads, 5, generator=generator, dtype=torch.double).requires_grad_()
+        index = torch.randint(len(items), (rows, length), generator=generator)
+        mask = torch.arange(length) >= torch.randint(length + 1, (rows, 1), generator=generator)
+        keep = dropout_factors(rows, heads, length, seed=seed) if dropout else None
+        plans.append(AttendPlan(query, index, mask, keep, attend_padding))
+    together = attend_plans(plans, items)
+    single = [attend_items(p.query, items, p.index, p.mask, p.keep, p.attend_padding) for p in plans]
+    for got, want in zip(together, single, strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
+    leaves = [items, *(p.query for p in plans)]
+    flat = [torch.cat([answer.flatten() for answer in answers]) for answers in (together, single)]
+    for got, want in zip(gradients(flat[0], leaves), gradients(flat[1], leaves), strict=True):
+        torch.testing.assert_close(got, want, **EXACT)
