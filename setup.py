@@ -20,6 +20,7 @@ setup(
         "torch>=2.4",
         "numpy>=1.26",
         "polars>=1.0",
+        "pyarrow>=14",
         "h5py>=3.8",
         "scikit-learn>=1.3",
         "pydantic>=2.5",

@@ -23,7 +23,8 @@ from model_zoo.experiment.run import build_model, make_loaders, resolve_paths
 from model_zoo.experiment.schema import validate
 from model_zoo.pipeline.dataset import load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
-from model_zoo.pipeline.synthetic import MICROVIDEO, generate, write
+from model_zoo.pipeline.synthetic import MICROVIDEO, generate
+from model_zoo.pipeline.synthetic_files import write
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -9,7 +9,7 @@ spec = importlib.util.find_spec("model_zoo")
 if spec is None or spec.origin is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model_zoo.pipeline.synthetic import main  # noqa: E402
+from model_zoo.pipeline.synthetic_files import main  # noqa: E402
 
 if __name__ == "__main__":
     raise SystemExit(main())

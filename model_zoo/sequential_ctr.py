@@ -271,6 +271,10 @@ def build_embedding(feature_map: FeatureMap, embedding_dim: int, pretrained: Pre
                 spec.get("pretrain_usage", "init"),
                 spec.get("freeze_emb", True),
             )
+    tables = layer.embedding_layer.embedding_layers
+    for name, spec in feature_map.features.items():
+        if spec.get("share_embedding") in tables:
+            tables[name] = tables[spec["share_embedding"]]
     return layer
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from model_zoo.batch import AnyBatch
 from model_zoo.layers.mos import MoS
-from model_zoo.layers.routers import ThemeRouter, occurrences
+from model_zoo.layers.routers import ThemeRouter
+from model_zoo.layers.routing_usage import usage_report
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.theme_codebook import cosine_kmeans
 from model_zoo.sequential_ctr import SequentialCTR
 
 logger = logging.getLogger("model_zoo")
+
+
+Group = Literal["backbone", "experts"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,16 @@ class Phase:
         trains: parameter groups with a gradient.
         alphas: fusion weights (item, window).
         update_codebooks: EMA on in its training forwards.
+        patience: evaluations without a gain that end it.
     """
 
     name: str
     epochs: int
     learning_rate: float
-    trains: tuple[Literal["backbone", "experts"], ...]
+    trains: tuple[Group, ...]
     alphas: tuple[float, float]
     update_codebooks: bool
+    patience: int
 
 
 class ThreePhaseCTR(SequentialCTR):
@@ -56,9 +63,11 @@ class ThreePhaseCTR(SequentialCTR):
         phase2_epochs: epochs of expert warm-up.
         phase3_epochs: at most; None = ``epochs``.
         phase_lrs: learning rate per phase; None = ``learning_rate`` for all three.
+        phase_patience: early-stopping patience per phase; None = ``early_stop_patience`` for all three.
         kmeans_tokens: tokens per router that k-means sees; 0 leaves the codebook at its random start.
         kmeans_seed: of k-means and its token sample.
         kmeans_data: ``occurrences`` weighs tokens by how often they occur (EMA's fixed point), ``unique_items`` does not.
+        kmeans_space: cluster h(x), where the codes live, or ``input``: cluster x and take h of the centroids.
         expert_init: ``random``, or ``copy_global``: experts start phase 2 as copies of the trained global expert.
     """
 
@@ -69,20 +78,26 @@ class ThreePhaseCTR(SequentialCTR):
         phase2_epochs: int = 1,
         phase3_epochs: int | None = None,
         phase_lrs: list[float] | None = None,
+        phase_patience: list[int] | None = None,
         kmeans_tokens: int = 131_072,
         kmeans_seed: int = 0,
         kmeans_data: Literal["occurrences", "unique_items"] = "occurrences",
+        kmeans_space: Literal["hidden", "input"] = "hidden",
         expert_init: Literal["random", "copy_global"] = "random",
         **params: Any,
     ) -> None:
         if phase_lrs is not None and len(phase_lrs) != 3:
             raise ValueError(f"phase_lrs needs three learning rates, one per phase, not {phase_lrs}")
+        if phase_patience is not None and (len(phase_patience) != 3 or min(phase_patience) < 1):
+            raise ValueError(f"phase_patience needs three numbers of at least 1, one per phase, not {phase_patience}")
         super().__init__(*args, **params)
         self.phase_epochs = (phase1_epochs, phase2_epochs, phase3_epochs)
         self.phase_lrs = phase_lrs or [self.learning_rate] * 3
+        self.phase_patience = phase_patience or [int(params.get("early_stop_patience", 2))] * 3
         self.kmeans_tokens = kmeans_tokens
         self.kmeans_seed = kmeans_seed
         self.kmeans_data = kmeans_data
+        self.kmeans_space = kmeans_space
         self.expert_init = expert_init
         self._always_frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
 
@@ -94,12 +109,13 @@ class ThreePhaseCTR(SequentialCTR):
     def phases(self, epochs: int) -> list[Phase]:
         """The phases of a training of at most ``epochs`` per phase; only the first if there are no experts."""
         first, second, third = self.phase_epochs
-        rates = self.phase_lrs
+        rates, patience = self.phase_lrs, self.phase_patience
         final = self.mos.final_alphas
+        everything: tuple[Group, ...] = ("backbone", "experts")
         plan = [
-            Phase("phase1", epochs if first is None else first, rates[0], ("backbone",), (0.0, 0.0), False),
-            Phase("phase2", second, rates[1], ("experts",), (0.5, 0.5), True),
-            Phase("phase3", epochs if third is None else third, rates[2], ("backbone", "experts"), final, True),
+            Phase("phase1", epochs if first is None else first, rates[0], ("backbone",), (0.0, 0.0), False, patience[0]),
+            Phase("phase2", second, rates[1], ("experts",), (0.5, 0.5), True, patience[1]),
+            Phase("phase3", epochs if third is None else third, rates[2], everything, final, True, patience[2]),
         ]
         return [phase for phase in (plan if sum(final) > 0 else plan[:1]) if phase.epochs > 0]
 
@@ -111,6 +127,7 @@ class ThreePhaseCTR(SequentialCTR):
             parameter.requires_grad_(group in phase.trains and name not in self._always_frozen)
         self.mos.set_fusion(*phase.alphas, update_codebooks=phase.update_codebooks)
         self.phase_name = phase.name
+        self._early_stop_patience = phase.patience
         self.use_optimizer(phase.learning_rate)
 
     def train(self, mode: bool = True) -> ThreePhaseCTR:
@@ -170,12 +187,14 @@ class ThreePhaseCTR(SequentialCTR):
             return
         started = time.perf_counter()
         for name, router, tokens in self._sample_tokens(data_generator):
+            points = torch.unique(tokens, dim=0) if self.kmeans_data == "unique_items" else tokens
+            weight = points.new_ones(len(points))
             with torch.no_grad():
-                hidden = router.encode(tokens)
-            hidden, weight = torch.unique(hidden, dim=0, return_counts=True)
-            if self.kmeans_data == "unique_items":
-                weight = torch.ones_like(weight)
-            centroids, sizes = cosine_kmeans(hidden, weight, router.codebook.num_themes, self.kmeans_seed)
+                if self.kmeans_space == "hidden":
+                    points = router.encode(points)
+                centroids, sizes = cosine_kmeans(points, weight, router.codebook.num_themes, self.kmeans_seed)
+                if self.kmeans_space == "input":
+                    centroids = router.encode(centroids)
             router.codebook.start_from(centroids, sizes)
             shares = ", ".join(f"{share:.2f}" for share in (sizes / sizes.sum()).tolist())
             logger.info("k-means of the %s codebook: %d tokens, shares %s", name, int(weight.sum()), shares)
@@ -219,70 +238,9 @@ class ThreePhaseCTR(SequentialCTR):
             tokens["window"] = self.mos.router_inputs(target, self.mos.window_tokens(sequence))
         return tokens
 
-    @torch.no_grad()
     def codebook_usage(self, batches: Any, max_batches: int = 16) -> dict[str, dict[str, Any]]:
-        """How the codebooks are used, over the first batches of a split.
-
-        Returns:
-            Per router: ``share`` of tokens per theme, ``gating_share`` of rows per theme of their newest token,
-            ``entropy`` of share over log n, ``margin`` = mean top-1 minus top-2 cosine, ``routed`` = mean share of a row's
-            tokens that its expert reads, ``drift`` = cosine of each code to its members' mean.
-        """
+        """`usage_report` of each router over the first batches of a split."""
         self.eval()
-        sums: dict[str, dict[str, Tensor]] = {}
+        tokens = (self.router_tokens(batch) for batch in islice(batches, max_batches))
         routers = {"item": self.mos.item_router, "window": self.mos.window_router}
-        for number, batch in enumerate(batches):
-            if number == max_batches:
-                break
-            for name, tokens in self.router_tokens(batch).items():
-                router = routers[name]
-                assert router is not None
-                found = _routing_sums(router, tokens)
-                total = sums.setdefault(name, {key: torch.zeros_like(value) for key, value in found.items()})
-                for key, value in found.items():
-                    total[key] += value
-        report = {}
-        for name, total in sums.items():
-            share = total["tokens"] / total["tokens"].sum().clamp(min=1)
-            entropy = -(share * share.clamp(min=1e-12).log()).sum() / torch.log(torch.tensor(max(len(share), 2.0)))
-            router = routers[name]
-            assert router is not None
-            mean = total["hidden"] / total["members"].clamp(min=1).unsqueeze(1)
-            drift = torch.nn.functional.cosine_similarity(router.codebook.codes.detach(), mean, dim=1)
-            report[name] = {
-                "share": share.tolist(),
-                "gating_share": (total["gating"] / total["gating"].sum().clamp(min=1)).tolist(),
-                "entropy": float(entropy),
-                "margin": float(total["margin"] / total["tokens"].sum().clamp(min=1)),
-                "routed": float(total["routed"] / total["rows"].clamp(min=1)),
-                "drift": drift.tolist(),
-            }
-        return report
-
-
-def _routing_sums(router: ThemeRouter, tokens: Sequence) -> dict[str, Tensor]:
-    """Sums over one batch from which `codebook_usage` forms its figures."""
-    themes = router.codebook.num_themes
-    hidden = router.encode(tokens.items).float()
-    scores = router.codebook.cosine(hidden)
-    best = scores.topk(router.topk, dim=-1).indices
-    top = scores.topk(min(2, themes), dim=-1).values
-    weight = occurrences(tokens).float()
-    real = tokens.mask.any(1)
-    experts = best[tokens.index]
-    gating = experts[:, -1][real]
-    read = ((experts == experts[:, -1:, :1]).any(-1) & tokens.mask).sum(1).float()
-    members = torch.zeros(themes, device=weight.device)
-    total = torch.zeros(themes, hidden.shape[1], device=weight.device)
-    for choice in best.unbind(1):
-        members.index_add_(0, choice, weight)
-        total.index_add_(0, choice, hidden * weight.unsqueeze(1))
-    return {
-        "tokens": torch.zeros(themes, device=weight.device).index_add_(0, best[:, 0], weight),
-        "members": members,
-        "hidden": total,
-        "gating": torch.bincount(gating[:, 0], minlength=themes).float(),
-        "margin": ((top[:, 0] - top[:, -1]) * weight).sum(),
-        "routed": (read / tokens.lengths.clamp(min=1))[real].sum(),
-        "rows": real.sum().float(),
-    }
+        return usage_report({name: router for name, router in routers.items() if router is not None}, tokens)

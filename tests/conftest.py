@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from model_zoo.pipeline.dataset import CTRDataset, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
-from model_zoo.pipeline.synthetic import TINY, dataset_config, generate, write
+from model_zoo.pipeline.synthetic import TINY, generate
+from model_zoo.pipeline.synthetic_files import dataset_config, write
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN_TINY = ROOT / "tests" / "golden" / "tiny"
@@ -196,3 +198,10 @@ def kept_logging() -> Iterator[None]:
     handlers, level = logger.handlers[:], logger.level
     yield
     logger.handlers[:], logger.level = handlers, level
+
+
+@pytest.fixture(scope="session")
+def golden_arrays() -> dict[str, np.ndarray]:
+    """``golden/loader.npz``: the tensors that LongCTR's loader makes of the golden tiny data set."""
+    with np.load(ROOT / "tests" / "golden" / "loader.npz", allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -15,6 +15,9 @@ from model_zoo.layers.routers import ThemeRouter
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.target_attention import TargetAttention
 
+# at these sizes a second thread only waits; on a busy machine it makes the tests several times slower
+torch.set_num_threads(1)
+
 
 def ragged(
     lengths: list[int], dim: int, seed: int = 0, *, num_items: int = 9, padding: int = 0, dtype: torch.dtype = torch.double

@@ -10,8 +10,20 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from model_zoo.errors import DataError
-from model_zoo.pipeline import synthetic
-from model_zoo.pipeline.synthetic import MICROVIDEO, SPLITS, TINY, SyntheticData, auc, ceiling_auc, generate, write
+from model_zoo.pipeline import synthetic_files
+from model_zoo.pipeline.metrics import auc
+from model_zoo.pipeline.synthetic import (
+    LOGITS,
+    MICROVIDEO,
+    RECENT,
+    SPLITS,
+    TINY,
+    SyntheticData,
+    SyntheticSpec,
+    ceiling_auc,
+    generate,
+)
+from model_zoo.pipeline.synthetic_files import write
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "synthetic.py"
 LARGER = replace(TINY, users=1_000, rows=(20_000, 4_000, 4_000), themes=6, seed=7)
@@ -47,7 +59,7 @@ def test_the_same_spec_gives_the_same_arrays_and_another_seed_other_ones(tiny: S
 
 
 @pytest.mark.parametrize("spec", [TINY, replace(TINY, items=5, categories=5, image_dim=1), replace(TINY, themes=2)])
-def test_layout(spec: synthetic.SyntheticSpec) -> None:
+def test_layout(spec: SyntheticSpec) -> None:
     data = generate(spec)
     items, lengths = data.items, np.diff(data.offsets)
     assert (items.cate_id[0], items.theme[0], np.abs(items.image[0]).sum()) == (0, -1, 0)
@@ -117,7 +129,7 @@ def test_themes_beat_popularity_and_stay_below_the_ceiling(larger: SyntheticData
 
 def test_clicks_are_drawn_from_click_probability_as_documented(tiny: SyntheticData) -> None:
     """The probability of every row, worked out row by row."""
-    logits, items = synthetic.LOGITS, tiny.items
+    logits, items = LOGITS, tiny.items
     log_popularity = np.log(items.popularity[1:])
     for rows in tiny.rows.values():
         for i in range(0, len(rows.is_click), 7):
@@ -127,7 +139,7 @@ def test_clicks_are_drawn_from_click_probability_as_documented(tiny: SyntheticDa
             logit = logits["bias"]
             if items.theme[target] == themes[-1]:
                 logit += logits["session"]
-            elif items.theme[target] in themes[-synthetic.RECENT :]:
+            elif items.theme[target] in themes[-RECENT :]:
                 logit += logits["recent"]
             logit += logits["category"] * np.log1p((items.cate_id[tiny.history[seen]] == items.cate_id[target]).sum())
             fame = (np.log(items.popularity[target]) - log_popularity.mean()) / log_popularity.std()
@@ -197,7 +209,7 @@ def test_a_failed_write_leaves_nothing(tiny: SyntheticData, tmp_path: Path, monk
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synthetic.np, "savez_compressed", full_disk)
+    monkeypatch.setattr(synthetic_files.np, "savez_compressed", full_disk)
     with pytest.raises(DataError, match="No space left on device"):
         write(tiny, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -267,7 +279,7 @@ def test_command_line(tiny: SyntheticData, tmp_path: Path) -> None:
 
 def test_command_line_options_override_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = "--preset tiny --users 50 --rows 300 60 40 --history-max 20 --themes 3 --seed 1 --coherence 1".split()
-    assert synthetic.main(["--out", str(tmp_path), *options]) == 0
+    assert synthetic_files.main(["--out", str(tmp_path), *options]) == 0
     assert "50 users" in capsys.readouterr().out
     assert pq.read_table(tmp_path / "user_info.parquet").num_rows == 50
     assert [pq.read_table(tmp_path / f"{split}.parquet").num_rows for split in SPLITS] == [300, 60, 40]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import small_model, tiny_dataset, tiny_loader
+from golden_files import TINY_MAX_LEN, small_model, tiny_dataset, tiny_loader
 from torch import Tensor
 
 from model_zoo import three_phase
@@ -17,6 +17,7 @@ from model_zoo.compat import seed_everything
 from model_zoo.errors import ConfigError
 
 State = dict[str, Tensor]
+EXACT = "donot_use_mm_for_euclid_dist"
 STOCHASTIC = {"net_dropout": 0.2, "attention_dropout": 0.2}
 
 
@@ -164,6 +165,20 @@ def test_each_phase_stops_early_on_its_own(tmp_path: Path) -> None:
         ("phase1", True), ("phase1", False), ("phase2", True),
         ("phase3", True), ("phase3", True), ("phase3", False),
     ]  # fmt: skip
+
+
+def test_early_stopping_patience_per_phase(tmp_path: Path) -> None:
+    model = small_model("MoS_TWIN", tmp_path, phase_patience=[1, 2, 3], phase2_epochs=9)
+    scores = iter([0.9, 0.8] + [0.9, 0.8, 0.8] + [0.9, 0.8, 0.8, 0.8])
+    model.evaluate = lambda batches: {"AUC": next(scores)}
+    traced_fit(model, epochs=9)
+    assert [r["phase"] for r in model.history] == ["phase1"] * 2 + ["phase2"] * 3 + ["phase3"] * 4
+
+
+def test_three_patiences_or_none() -> None:
+    for patience in ([1, 2], [1, 2, 0]):
+        with pytest.raises(ValueError, match="phase_patience needs three numbers of at least 1, one per phase"):
+            small_model("MoS_TWIN", phase_patience=patience)
 
 
 def test_three_learning_rates_or_none() -> None:
@@ -318,7 +333,7 @@ def test_kmeans_sees_h_of_every_history_item_once_with_its_count(
     items = counts.nonzero().squeeze(1)
     wanted = item_hidden(model, items)
     # h of one item may differ in the last bit between its occurrences, so points are matched by distance
-    distance, nearest = torch.cdist(call["points"], wanted).min(1)
+    distance, nearest = torch.cdist(call["points"], wanted, compute_mode=EXACT).min(1)
     assert float(distance.max()) < 1e-5
     assert set(nearest.tolist()) == set(range(len(items)))
     if kmeans_data == "occurrences":
@@ -336,7 +351,8 @@ def test_kmeans_of_the_window_codebook_sees_h_of_every_window(monkeypatch: pytes
     windows = model.mos.window_tokens(sequence)
     wanted = model.mos.window_router.encode(windows.vectors[windows.mask]).detach()
     assert int(call["weight"].sum()) == len(wanted)
-    assert float(torch.cdist(wanted, call["points"]).min(1).values.max()) < 1e-5  # fp32 means of other batches
+    nearest = torch.cdist(wanted, call["points"], compute_mode=EXACT).min(1).values
+    assert float(nearest.max()) < 1e-5  # window means in single precision
     assert torch.equal(model.mos.window_router.codebook.codes, call["centroids"])
 
 
@@ -370,6 +386,26 @@ def test_the_kmeans_start_raises_the_cosine_of_tokens_to_their_theme() -> None:
         fit.append(float((best * counts).sum() / counts.sum()))
         model.start_experts(tiny_loader())
     assert fit[1] > fit[0] + 0.02
+
+
+def test_kmeans_in_the_input_space_takes_h_of_the_centroids(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("MoS_TWIN", kmeans_space="input")
+    call = kmeans_calls(monkeypatch, model)[0]
+    assert call["points"].shape[1] == model.item_dim
+    with torch.no_grad():
+        wanted = model.mos.item_router.encode(call["centroids"])
+    torch.testing.assert_close(model.mos.item_router.codebook.codes, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("overrides", [{"short_history": "skip"}, {"window_align": "left"}])
+def test_a_router_that_no_training_row_gives_a_token_keeps_its_random_start(
+    tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    model = small_model("MoS_TWIN", tmp_path, window_size=TINY_MAX_LEN + 1, **overrides)
+    entered = traced_fit(model)
+    window, item = "block.window_router.codebook.codes", "block.item_router.codebook.codes"
+    assert torch.equal(entered["phase2"].state[window], entered["phase1"].state[window])
+    assert not torch.equal(entered["phase2"].state[item], entered["phase1"].state[item])
 
 
 def test_kmeans_tokens_0_leaves_the_codebooks_at_their_random_start(tmp_path: Path) -> None:
@@ -529,7 +565,8 @@ def test_block_scope_long_without_experts_is_the_backbone_and_its_phase_1_too(tm
     "overrides",
     [
         {"router_input": "item_target"},
-        {"router_linear": True},
+        {"router_linear": True, "router_bias": False},
+        {"kmeans_space": "input", "kmeans_data": "unique_items"},
         {"shared_router": True},
         {"gate_norm": "softmax_then_mask", "topk_item": 1},
         {"gate_source": "target"},

@@ -68,7 +68,7 @@ def gathered(items: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     columns, dim = index.shape[1], items.shape[1]
     budget = 2**28 if items.is_cuda else GATHERED_FLOATS
-    size = min(max(budget // max(columns * dim, 1), 1), index.shape[0])
+    size = max(min(budget // max(columns * dim, 1), index.shape[0]), 1)
     buffer = items.new_empty(size * columns, dim)
     for start in range(0, index.shape[0], size):
         flat = index[start : start + size].reshape(-1)

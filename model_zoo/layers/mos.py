@@ -39,6 +39,9 @@ class MoS(nn.Module):
         router_temperature: divides the cosines before the softmax.
         router_input: ``item`` routes x_v, ``item_target`` routes ``[x_v ; q]``.
         router_linear: h is one linear map instead of a two-layer MLP.
+        router_bias: h's layers have biases. Without them (default) h(cx) = c h(x) for c > 0, so a cosine does not depend
+            on a vector's length. With them, once h is trained, biases outgrow small item vectors, every h(x) points the
+            same way, and all items end in one theme.
         shared_router: both branches use one h (each keeps its codebook).
         gate_norm: see `ThemeRouter`.
         gate_source: whose theme weighs the experts: the ``last`` token (the paper) or the ``target`` item.
@@ -79,6 +82,7 @@ class MoS(nn.Module):
         router_temperature: float = 1.0,
         router_input: Literal["item", "item_target"] = "item",
         router_linear: bool = False,
+        router_bias: bool = False,
         shared_router: bool = False,
         gate_norm: GateNorm = "topk_softmax",
         gate_source: Literal["last", "target"] = "last",
@@ -152,6 +156,7 @@ class MoS(nn.Module):
                 gate_norm=gate_norm,
                 ema_assign_top1=ema_assign == "top1",
                 linear=router_linear,
+                bias=router_bias,
                 encoder=encoder,
             )
 

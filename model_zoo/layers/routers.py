@@ -50,6 +50,7 @@ class ThemeRouter(nn.Module):
             dropped ones set to zero, no renormalisation.
         ema_assign_top1: only the best theme's members move the codebook.
         linear: h is one linear map (for k-means in the item space).
+        bias: h's layers have biases.
         encoder: a given h, shared with another router.
     """
 
@@ -65,6 +66,7 @@ class ThemeRouter(nn.Module):
         gate_norm: GateNorm = "topk_softmax",
         ema_assign_top1: bool = False,
         linear: bool = False,
+        bias: bool = False,
         encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -72,9 +74,11 @@ class ThemeRouter(nn.Module):
         if encoder is not None:
             self.h = encoder
         elif linear:
-            self.h = nn.Linear(input_dim, codebook_dim)
+            self.h = nn.Linear(input_dim, codebook_dim, bias=bias)
         else:
-            self.h = nn.Sequential(nn.Linear(input_dim, hidden), nn.ReLU(), nn.Linear(hidden, codebook_dim))
+            self.h = nn.Sequential(
+                nn.Linear(input_dim, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, codebook_dim, bias=bias)
+            )
         self.codebook = codebook
         self.topk = topk
         self.temperature = temperature

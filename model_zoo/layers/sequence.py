@@ -120,7 +120,7 @@ class Sequence:
             column = (length - lengths).unsqueeze(2) + from_start.unsqueeze(1) + offset
             exists = from_start + size <= lengths
         inside = (column >= 0) & (column < length)
-        column = column.clamp(0, max(length - 1, 0)).reshape(batch, -1)
+        column = column.clamp(0, max(length - 1, 0)).reshape(batch, count * size)
         index = self.index.gather(1, column).view(batch, count, size)
         real = self.mask.gather(1, column).view(batch, count, size) & inside
         bags, weight = index[exists], real[exists].to(self.items.dtype)

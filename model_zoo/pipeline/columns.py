@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -128,10 +128,11 @@ def groups(series: pl.Series, path: str) -> npt.NDArray[np.int64]:
     if series.dtype.is_nested():
         raise DataError(f"{path}: column '{series.name}' holds {series.dtype}; a group_id column holds one id per row")
     _refuse(series.is_null().to_numpy(), series, path, "is null; give every row a group")
-    if series.dtype.is_integer() and series.dtype != pl.UInt64:
-        return integers(series, path)
     if series.dtype.is_float():
         _refuse(series.is_nan().to_numpy(), series, path, "is NaN; give every row a group")
+    if series.dtype.is_numeric():
+        with suppress(DataError):  # fractions, and hashes beyond int64, are numbered below
+            return integers(series, path)
     return series.rank("dense").cast(pl.Int64).to_numpy()
 
 

@@ -120,6 +120,8 @@ def longctr_batch(
     for name, spec in dataset.feature_map.features.items():
         if spec["type"] == "meta" and name in meta:
             columns[name] = torch.from_numpy(meta[name].astype(np.int64))
+        elif spec["type"] == "meta" and name == dataset.feature_map.group_id and part.group is not None:
+            columns[name] = torch.from_numpy(part.group[rows])
         elif name in part.context:
             values = torch.from_numpy(part.context[name][rows])
             columns[name] = values if values.is_floating_point() else values.long()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from zipfile import BadZipFile
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,12 +53,12 @@ def read_vectors(path: str, feature: str, vocab_size: int, width: int) -> tuple[
                 key, value = arrays["key"][:], arrays["value"][:]
         else:
             raise DataError(f"{path}: pretrained_emb of feature '{feature}' must be an .h5 or .npz file")
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: needs readable arrays 'key' [n] and 'value' [n, dim] ({error})") from None
-    try:
-        ids = key.astype(np.int64)
-    except ValueError:
-        raise DataError(f"{path}: 'key' must hold the feature's integer ids, not {key.dtype}") from None
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: needs readable arrays 'key' [n] and 'value' [n, dim] ({reason})") from None
+    ids = _whole_numbers(key, path)
+    if value.dtype.kind not in "fiu":
+        raise DataError(f"{path}: 'value' must hold numbers, not {value.dtype}")
     if value.ndim != 2 or value.shape != (len(ids), width):
         wanted = (len(ids), width)
         raise DataError(f"{path}: 'value' is {value.shape}, feature '{feature}' needs {wanted}; set pretrain_dim")
@@ -64,6 +66,8 @@ def read_vectors(path: str, feature: str, vocab_size: int, width: int) -> tuple[
         raise DataError(f"{path}: 'key' holds an id twice")
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         raise DataError(f"{path}: 'key' holds an id outside 0..{vocab_size - 1}; vocab_size of '{feature}' is too small")
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float32)
     if not np.isfinite(value).all():
         raise DataError(f"{path}: 'value' holds a NaN or infinite number")
     vectors = np.zeros((vocab_size, width), dtype=np.float32)
@@ -71,3 +75,18 @@ def read_vectors(path: str, feature: str, vocab_size: int, width: int) -> tuple[
     vectors[ids], known[ids] = value, True
     vectors[0] = 0.0
     return torch.from_numpy(vectors), torch.from_numpy(known)
+
+
+def _whole_numbers(key: npt.NDArray[np.generic], path: str) -> npt.NDArray[np.int64]:
+    """Ids stored as integers, whole floats or text that spells integers, as int64 ``[n]``."""
+    if key.ndim != 1:
+        raise DataError(f"{path}: 'key' must be one id per vector, not of shape {key.shape}")
+    wanted = f"{path}: 'key' must hold the feature's integer ids, not"
+    if key.dtype.kind == "f":
+        fractions = ~np.isfinite(key) | (key != np.rint(key))
+        if fractions.any():
+            raise DataError(f"{wanted} {key[fractions][0]}")
+    try:
+        return key.astype(np.int64)
+    except (ValueError, TypeError):
+        raise DataError(f"{wanted} {key.dtype}") from None

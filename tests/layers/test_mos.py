@@ -448,14 +448,12 @@ def test_the_option_changes_the_answer(option):
     assert not torch.allclose(output_of(**option), output_of())
 
 
-def test_low_temperature_tends_to_the_best_theme_alone():
-    best = build(topk_item=1, alpha_item=1.0, alpha_window=0.0)
-    cold = build(topk_item=3, alpha_item=1.0, alpha_window=0.0, router_temperature=1e-3)
-    # with all themes kept every expert reads every token, so compare the gates
-    query, sequence = case([6, 4, 5])
-    gates = cold.item_router(sequence).gates
-    torch.testing.assert_close(gates[:, 0], torch.ones(3, dtype=torch.double), rtol=0, atol=1e-6)
-    assert torch.equal(cold.item_router(sequence).chosen[:, 0], best.item_router(sequence).chosen[:, 0])
+def test_a_low_temperature_leaves_the_weight_to_the_best_theme():
+    best, cold = build(topk_item=1), build(topk_item=3, router_temperature=1e-3)
+    _, sequence = case([6, 4, 5])
+    routing = cold.item_router(sequence)
+    torch.testing.assert_close(routing.gates[:, 0], torch.ones(3, dtype=torch.double), rtol=0, atol=1e-6)
+    assert torch.equal(routing.chosen[:, :1], best.item_router(sequence).chosen)
 
 
 def test_a_shared_router_is_one_h_with_two_codebooks():
@@ -571,15 +569,3 @@ def test_a_checkpoint_carries_the_weights_in_force():
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
-
-
-def test_under_autocast_routing_stays_in_full_precision():
-    layer = build().float()
-    query, sequence = case()
-    query, sequence = query.float(), Sequence(sequence.items.float(), sequence.index, sequence.mask)
-    routing = layer.item_router(sequence)
-    with torch.autocast("cpu", torch.bfloat16):
-        lowered = layer.item_router(sequence)
-        assert bool(layer(query, sequence).isfinite().all())
-    assert torch.equal(lowered.experts, routing.experts)
-    assert torch.equal(lowered.gates, routing.gates)

@@ -89,9 +89,7 @@ def test_a_short_history_divides_by_its_items_or_by_the_window_size():
 def test_windows_equal_a_loop_over_rows(lengths, size, stride, padding, align, divide_by, seed):
     sequence = ragged(lengths, 3, seed, padding=padding)
     got = sequence.windows(size, stride, align, divide_by)
-    expected = [
-        windows(tokens, size, stride, align, divide_by) for tokens in rows_of(sequence.vectors, sequence.mask)
-    ]
+    expected = [windows(tokens, size, stride, align, divide_by) for tokens in rows_of(sequence.vectors, sequence.mask)]
     assert_rows(got, expected)
     if any(len(row) for row in expected):
         output, reference = got.vectors[got.mask], torch.cat(expected)
@@ -202,6 +200,13 @@ def test_a_sequence_of_given_vectors_returns_them():
     assert torch.equal(sequence.vectors, vectors)
     assert sequence.mask.dtype == torch.bool
     assert sequence.lengths.tolist() == [3, 1]
+
+
+def test_batches_of_no_rows_keep_their_columns():
+    none = ragged([5], 3).select(torch.tensor([], dtype=torch.long))
+    for align in ("right", "left"):
+        assert none.windows(4, 2, align=align).index.shape[0] == 0
+    assert none.last(2).index.shape == (0, 2)
 
 
 def test_batches_of_no_columns_have_no_windows_and_no_tokens():

@@ -1,6 +1,7 @@
 """Reading parquet columns: what is a value, what is refused, and that a refusal says where."""
 
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_id_lists_keep_the_first_ids_and_end_in_zeros(rows: list[list[int]], max
 def test_ragged_lists_come_apart_and_together_again(rows: list[list[int]]) -> None:
     values, offsets = columns.ragged(lists(*rows), FILE)
     flat = values.to_list()
-    assert [flat[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == rows
+    assert [flat[a:b] for a, b in pairwise(offsets)] == rows
 
 
 def test_lists_that_are_all_empty_need_no_type() -> None:
@@ -134,8 +135,8 @@ def test_vectors_are_float32_whatever_the_list_type(dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("rows", "width", "message"),
     [
-        ([[1.0, 2.0], [1.0]], 2, "row 1: [1.0] is not a vector of 2 numbers; build the column again (1 such rows)"),
-        ([[1.0, 2.0], [1.0, 2.0]], 3, "row 0: [1.0, 2.0] is not a vector of 3 numbers; most rows hold 2: set embedding"),
+        ([[1.0, 2.0], [3.0, 4.0], [1.0]], 2, "row 2: [1.0] is not a vector of 2 numbers; build the column again"),
+        ([[1.0, 2.0], [1.0, 2.0]], 3, "row 0: [1.0, 2.0] is not a vector of 3 numbers; most rows hold 2: set"),
         ([[1.0], [2.0, 2.0], [3.0, 3.0]], None, "row 0: [1.0] is not a vector of 2 numbers"),
         ([[], []], None, "row 0: [] is not a vector of 1 numbers"),
         ([[1.0, 2.0], [3.0, float("nan")]], 2, "row 1: [3.0, nan] holds a value that is NaN, infinite"),
@@ -164,7 +165,11 @@ def test_groups_are_equal_where_the_ids_are(values: list[Any], dtype: Any) -> No
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [(["a", None], "row 1: None is null; give"), ([1.0, float("nan")], "row 1: nan is NaN; give"), ([[1]], "one id per")],
+    [
+        (["a", None], "row 1: None is null; give"),
+        ([1.0, float("nan")], "row 1: nan is NaN; give"),
+        ([[1]], "one id per"),
+    ],
 )
 def test_rows_without_a_group_are_refused(values: list[Any], message: str) -> None:
     with pytest.raises(DataError) as refusal:
@@ -204,7 +209,9 @@ def test_a_missing_column_is_refused_with_the_nearest_name(good: Path) -> None:
         columns.read_table(str(good), ["zzz"])
 
 
-@pytest.mark.parametrize("read", [columns.column_names, columns.row_count, lambda path: columns.read_table(path, ["a"])])
+@pytest.mark.parametrize(
+    "read", [columns.column_names, columns.row_count, lambda path: columns.read_table(path, ["a"])]
+)
 def test_a_missing_file_is_refused_with_the_way_to_get_it(read: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.parquet: no such file; see data/README\.md"):
         read(str(tmp_path / "absent.parquet"))
@@ -214,12 +221,17 @@ def test_a_missing_file_is_refused_with_the_way_to_get_it(read: Any, tmp_path: P
 def test_a_file_that_is_no_parquet_file_is_refused_in_one_sentence(content: str, good: Path) -> None:
     whole = good.read_bytes()
     good.unlink()
-    contents = {"empty": b"", "text": b"user_index,label\n0,1\n", "half": whole[: len(whole) // 2], "tail cut": whole[:-9]}
+    contents = {
+        "empty": b"",
+        "text": b"user_index,label\n0,1\n",
+        "half": whole[: len(whole) // 2],
+        "tail cut": whole[:-9],
+    }
     good.mkdir() if content == "folder" else good.write_bytes(contents[content])
     for read in (columns.column_names, columns.row_count, lambda path: columns.read_table(path, ["user_index"])):
-        with pytest.raises(DataError, match=r"good\.parquet: not a readable parquet file \(.*\); copy or build it again") as e:
+        with pytest.raises(DataError, match=r"good\.parquet: not a readable parquet file \(.*\); copy") as refusal:
             read(str(good))
-        assert "\n" not in str(e.value)
+        assert "\n" not in str(refusal.value)
 
 
 def test_damage_inside_a_file_gives_a_refusal_or_a_table_never_a_crash(tmp_path: Path) -> None:

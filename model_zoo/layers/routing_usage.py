@@ -1,0 +1,77 @@
+"""How a codebook is used: shares, margins, routed lengths, and how far codes lag behind their members."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_zoo.layers.routers import ThemeRouter, occurrences
+from model_zoo.layers.sequence import Sequence
+
+
+@torch.no_grad()
+def usage_report(
+    routers: Mapping[str, ThemeRouter], batches: Iterable[Mapping[str, Sequence]]
+) -> dict[str, dict[str, Any]]:
+    """Figures per router over batches of its tokens.
+
+    Returns:
+        ``share`` of tokens per theme, ``gating_share`` of rows per theme of their newest token, ``entropy`` of share over
+        log n, ``margin`` = mean top-1 minus top-2 cosine, ``routed`` = mean share of a row's tokens that its first expert
+        reads, ``drift`` = cosine of each code to its members' mean (1 = the code keeps up; 0 = no members).
+    """
+    totals: dict[str, dict[str, Tensor]] = {}
+    for batch in batches:
+        for name, tokens in batch.items():
+            found = _routing_sums(routers[name], tokens)
+            total = totals.setdefault(name, {key: torch.zeros_like(value) for key, value in found.items()})
+            for key, value in found.items():
+                total[key] += value
+    report = {}
+    for name, total in totals.items():
+        count = total["tokens"].sum().clamp(min=1)
+        share = total["tokens"] / count
+        entropy = -(share * share.clamp(min=1e-12).log()).sum() / math.log(max(len(share), 2))
+        mean = total["hidden"] / total["members"].clamp(min=1).unsqueeze(1)
+        report[name] = {
+            "share": share.tolist(),
+            "gating_share": (total["gating"] / total["gating"].sum().clamp(min=1)).tolist(),
+            "entropy": float(entropy),
+            "margin": float(total["margin"] / count),
+            "routed": float(total["routed"] / total["rows"].clamp(min=1)),
+            "drift": F.cosine_similarity(routers[name].codebook.codes, mean, dim=1).tolist(),
+        }
+    return report
+
+
+def _routing_sums(router: ThemeRouter, tokens: Sequence) -> dict[str, Tensor]:
+    """Sums over one batch from which `codebook_usage` forms its figures."""
+    themes = router.codebook.num_themes
+    hidden = router.encode(tokens.items).float()
+    scores = router.codebook.cosine(hidden)
+    best = scores.topk(router.topk, dim=-1).indices
+    top = scores.topk(min(2, themes), dim=-1).values
+    weight = occurrences(tokens).float()
+    real = tokens.mask.any(1)
+    experts = best[tokens.index]
+    gating = experts[:, -1][real]
+    read = ((experts == experts[:, -1:, :1]).any(-1) & tokens.mask).sum(1).float()
+    members = torch.zeros(themes, device=weight.device)
+    total = torch.zeros(themes, hidden.shape[1], device=weight.device)
+    for choice in best.unbind(1):
+        members.index_add_(0, choice, weight)
+        total.index_add_(0, choice, hidden * weight.unsqueeze(1))
+    return {
+        "tokens": torch.zeros(themes, device=weight.device).index_add_(0, best[:, 0], weight),
+        "members": members,
+        "hidden": total,
+        "gating": torch.bincount(gating[:, 0], minlength=themes).float(),
+        "margin": ((top[:, 0] - top[:, -1]) * weight).sum(),
+        "routed": (read / tokens.lengths.clamp(min=1))[real].sum(),
+        "rows": real.sum().float(),
+    }

@@ -1,0 +1,193 @@
+"""Merging of base, experiment, data set and ``--set``, where each key came from, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from model_zoo.errors import ConfigError
+from model_zoo.experiment.config import experiment_ids, load_config, parse_override, read_sections
+
+MODELS = """\
+Base:
+  seed: 1
+  epochs: 5
+  shuffle: True
+
+TWIN_shop: &shop
+  model: TWIN
+  dataset_id: shop
+  epochs: 6
+  max_len: 20
+
+TWIN_shop_long:
+  <<: *shop
+  max_len: 200
+
+Both:
+  <<: [{max_len: 1, topk: 2}, *shop]
+  dataset_id: other
+"""
+DATASETS = """\
+shop:
+  train_data: shop/train.parquet
+  epochs: 7
+other:
+  train_data: other/train.parquet
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """LongCTR's layout: two flat files."""
+    (tmp_path / "model_config.yaml").write_text(MODELS)
+    (tmp_path / "dataset_config.yaml").write_text(DATASETS)
+    return tmp_path
+
+
+def refusal(folder: Path, expid: str = "TWIN_shop", *overrides: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load_config(str(folder), expid, overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_later_ones_win_base_then_experiment_then_data_set_then_set(folder: Path) -> None:
+    config = load_config(str(folder), "TWIN_shop", ["max_len=30", "topk=4"])
+    assert config.values == {
+        "seed": 1, "epochs": 7, "shuffle": True, "model": "TWIN", "dataset_id": "shop", "max_len": 30, "topk": 4,
+        "train_data": "shop/train.parquet",
+    }  # fmt: skip
+
+
+def test_every_key_knows_its_file_and_line(folder: Path) -> None:
+    origin = load_config(str(folder), "TWIN_shop_long", ["topk=4"]).origin
+    models, datasets = folder / "model_config.yaml", folder / "dataset_config.yaml"
+    assert origin["seed"] == f"{models}:2" and origin["model"] == f"{models}:7"
+    assert origin["max_len"] == f"{models}:14" and origin["epochs"] == f"{datasets}:3" and origin["topk"] == "--set"
+
+
+def test_merge_keys_the_section_wins_then_the_first_merged(folder: Path) -> None:
+    values = load_config(str(folder), "Both").values
+    assert (values["max_len"], values["topk"], values["epochs"], values["dataset_id"]) == (1, 2, 6, "other")
+    assert values["train_data"] == "other/train.parquet"
+
+
+def test_the_data_set_may_be_set_on_the_command_line(folder: Path) -> None:
+    config = load_config(str(folder), "TWIN_shop", ["dataset_id=other"])
+    assert config.values["train_data"] == "other/train.parquet" and config.values["epochs"] == 6
+    assert config.origin["dataset_id"] == "--set"
+
+
+def test_files_in_folders_are_read_together_each_with_its_own_base(tmp_path: Path) -> None:
+    for kind in ("model_config", "dataset_config"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "model_config" / "a.yaml").write_text("Base: {seed: 1}\nA: {model: TWIN, dataset_id: shop}\n")
+    (tmp_path / "model_config" / "b.yaml").write_text("Base: {seed: 2}\nB: {model: TWIN, dataset_id: shop}\n")
+    (tmp_path / "model_config" / "c.yaml").write_text("C: {model: TWIN, dataset_id: shop}\n")
+    (tmp_path / "dataset_config" / "shop.yaml").write_text("shop: {train_data: x}\n")
+    (tmp_path / "dataset_config" / "empty.yaml").write_text("# nothing yet\n")
+    assert experiment_ids(str(tmp_path)) == ["A", "B", "C"]
+    assert [load_config(str(tmp_path), expid).values["seed"] for expid in "AB"] == [1, 2]
+
+
+def test_a_config_without_a_base_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "model_config.yaml").write_text("A: {model: TWIN, dataset_id: shop}\n")
+    (tmp_path / "dataset_config.yaml").write_text(DATASETS)
+    assert load_config(str(tmp_path), "A").values["model"] == "TWIN"
+
+
+def test_two_experiments_may_be_the_same_by_an_alias(folder: Path) -> None:
+    (folder / "model_config.yaml").write_text(MODELS + "Copy: &copy\n  <<: *shop\n  epochs: 1\nAgain: *copy\n")
+    assert load_config(str(folder), "Again").values == load_config(str(folder), "Copy").values
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed=3", ("seed", 3)),
+        ("learning_rate=1.e-3", ("learning_rate", 1e-3)),
+        ("embedding_regularizer=1e-5", ("embedding_regularizer", "1e-5")),  # yaml's text; the schema makes it a number
+        ("metrics=[AUC, logloss]", ("metrics", ["AUC", "logloss"])),
+        ("monitor={AUC: 1}", ("monitor", {"AUC": 1})),
+        ("group_id=null", ("group_id", None)),
+        ("train_data=a=b.parquet", ("train_data", "a=b.parquet")),
+        (" seed = 3", ("seed", 3)),
+        ("group_id=", ("group_id", None)),
+    ],
+)
+def test_overrides_are_yaml(text: str, expected: tuple[str, object]) -> None:
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("seed", "--set seed: write it as key=value"), ("=3", "--set =3: write it as key=value"), ("x=[", "is not a yaml value")],
+)
+def test_malformed_overrides_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_override(text)
+    assert message in str(refused.value)
+
+
+def test_an_unknown_expid_names_the_nearest(folder: Path) -> None:
+    message = refusal(folder, "TWIN_shp")
+    assert message == f"expid 'TWIN_shp' is not in {folder}; nearest: TWIN_shop, TWIN_shop_long"
+    assert "known: Both, TWIN_shop, TWIN_shop_long" in refusal(folder, "zzzz")
+
+
+def test_base_is_no_experiment(folder: Path) -> None:
+    assert "expid 'Base' is not in" in refusal(folder, "Base")
+
+
+def test_an_unknown_data_set_names_the_nearest(folder: Path) -> None:
+    assert f"dataset_id 'sjop' is not in {folder}; nearest: shop" in refusal(folder, "TWIN_shop", "dataset_id=sjop")
+
+
+def test_an_experiment_without_a_data_set_is_refused(folder: Path) -> None:
+    (folder / "model_config.yaml").write_text("A:\n  model: TWIN\n")
+    assert "A has no dataset_id; add `dataset_id: <name in dataset_config>`" in refusal(folder, "A")
+
+
+BROKEN = {
+    "twice": ("A:\n  seed: 1\n  seed: 2\n", "model_config.yaml:3: 'A' sets 'seed' twice (also on line 2)"),
+    "twice inside": ("A:\n  monitor: {AUC: 1,\n    AUC: 2}\n", "model_config.yaml:3: 'A: monitor' sets 'AUC' twice"),
+    "twice in a list": ("A:\n  x: [{a: 1, a: 2}]\n", "model_config.yaml:2: 'A: x' sets 'a' twice (also on line 2)"),
+    "section twice": ("A: {x: 1}\nA: {x: 2}\n", "model_config.yaml: 'A' is defined in"),
+    "base twice": ("Base: {x: 1}\nBase: {x: 2}\n", "model_config.yaml: 'Base' is defined in"),
+    "no mapping": ("A: 3\n", "model_config.yaml:1: 'A' must map keys to values"),
+    "a list": ("- A\n- B\n", "model_config.yaml: must map names to settings"),
+    "not yaml": ("A: {x: 1\n", "model_config.yaml: not valid yaml: "),
+    "unknown alias": ("A:\n  <<: *nothing\n", "model_config.yaml: not valid yaml: "),
+    "a tag": ("A: {x: !!python/object:os.system 1}\n", "model_config.yaml: not valid yaml: "),
+    "a number for a key": ("A:\n  1: x\n", "model_config.yaml:2: 'A' has '1' for a key, which is not text; put it in"),
+    "a truth value for a key": ("A:\n  on: x\n", "model_config.yaml:2: 'A' has 'on' for a key, which is not text"),
+    "a list for a key": ("A:\n  ? [1, 2]\n  : x\n", "'A' has a list or mapping for a key"),
+    "control characters": ("A: \x01\n", "model_config.yaml: not valid yaml: "),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused_by_file_and_line(folder: Path, case: str) -> None:
+    text, message = BROKEN[case]
+    (folder / "model_config.yaml").write_text(text)
+    assert message in refusal(folder, "A")
+
+
+def test_a_file_in_another_encoding_is_refused(folder: Path) -> None:
+    (folder / "model_config.yaml").write_bytes("A: {x: é}\n".encode("latin-1"))
+    assert "model_config.yaml: not a readable text file" in refusal(folder)
+
+
+def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dataset_config").mkdir()
+    for name in "ab":
+        (tmp_path / "dataset_config" / f"{name}.yaml").write_text("shop: {train_data: x}\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml: 'shop' is defined in .*a\.yaml already; rename one of them"):
+        read_sections(str(tmp_path), "dataset_config")
+
+
+def test_a_folder_without_configs_is_refused(tmp_path: Path, folder: Path) -> None:
+    expected = "holds neither model_config.yaml nor model_config/*.yaml; give its folder with --config"
+    assert expected in refusal(tmp_path / "absent")
+    (folder / "dataset_config.yaml").unlink()
+    assert "holds neither dataset_config.yaml nor dataset_config/*.yaml" in refusal(folder)
