@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.batch import AnyBatch, Batch, ItemFeatures
@@ -78,6 +79,8 @@ class SequentialCTR(TrainingLoop):
         longctr_compat: bool = False,
         **params: Any,
     ) -> None:
+        if longctr_compat and self.method is not None:
+            raise ValueError(f"longctr_compat: LongCTR has no {type(self).__name__}; set it for a plain backbone only")
         super().__init__(
             feature_map,
             model_id=model_id or type(self).__name__,
@@ -155,14 +158,15 @@ class SequentialCTR(TrainingLoop):
             rows, place = distinct_items(index, self.item_features.num_items)
             items = self.embedding_layer(self.item_features.rows(rows), flatten_emb=True)
             mask = batch.history > 0
-            return batch.context, items[place[:, -1]], Sequence(items, place[:, :-1], mask)
+            # F.embedding, not items[...], whose backward adds in any order on CPU threads: runs would not repeat
+            return batch.context, F.embedding(place[:, -1], items), Sequence(items, place[:, :-1], mask)
         columns, item_columns, float_mask = inputs
         context = {n: c.to(self.device) for n, c in columns.items() if n in self.context_names}
         items = self.embedding_layer({n: c.to(self.device) for n, c in item_columns.items()}, flatten_emb=True)
         mask = float_mask.to(self.device) > 0
         place = torch.arange(items.shape[0], device=self.device).view(mask.shape[0], -1)
         sequence = Sequence(items, place[:, :-1], mask)
-        return context, items[place[:, -1]], sequence if self.longctr_compat else sequence.right_aligned()
+        return context, F.embedding(place[:, -1], items), sequence if self.longctr_compat else sequence.right_aligned()
 
     @property
     def context_names(self) -> list[str]:

@@ -187,6 +187,9 @@ class ThreePhaseCTR(SequentialCTR):
             return
         started = time.perf_counter()
         for name, router, tokens in self._sample_tokens(data_generator):
+            if len(tokens) == 0:
+                logger.warning("the %s codebook keeps its random start: no training row gives its router a token", name)
+                continue
             points = torch.unique(tokens, dim=0) if self.kmeans_data == "unique_items" else tokens
             weight = points.new_ones(len(points))
             with torch.no_grad():
@@ -224,7 +227,7 @@ class ThreePhaseCTR(SequentialCTR):
             if min(count.values()) >= self.kmeans_tokens:
                 break
         self.train(was_training)
-        return [(name, router, torch.cat(drawn[name]).to(self.device)) for name, router in wanted]
+        return [(name, router, torch.cat(drawn[name] or [torch.empty(0)]).to(self.device)) for name, router in wanted]
 
     def router_tokens(self, batch: AnyBatch) -> dict[str, Sequence]:
         """Each router's input sequence for a batch: ``item``, ``window``."""

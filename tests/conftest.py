@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from model_zoo.pipeline.dataset import CTRDataset, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
@@ -18,6 +20,8 @@ from model_zoo.pipeline.synthetic import TINY, generate
 from model_zoo.pipeline.synthetic_files import dataset_config, write
 
 ROOT = Path(__file__).resolve().parents[1]
+#: the TINY preset with fewer rows: a run takes a few seconds
+SPEC = replace(TINY, rows=(1_500, 400, 400))
 GOLDEN_TINY = ROOT / "tests" / "golden" / "tiny"
 
 TINY_EXPERIMENTS = """\
@@ -44,8 +48,8 @@ TWIN_tiny: &tiny
   batch_norm: True
   embedding_regularizer: 1e-5
   learning_rate: 1.e-2
-  batch_size: 512
-  max_len: 40
+  batch_size: 256
+  max_len: 24
   epochs: 1
 
 MoS_TWIN_tiny:
@@ -91,6 +95,12 @@ class Answer(NamedTuple):
     err: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The tests' shapes are too small to gain from threads, and threads that wait for a busy core cost seconds."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
@@ -101,7 +111,7 @@ def root() -> Path:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The TINY synthetic data set, as files."""
     folder = tmp_path_factory.mktemp("data") / "tiny"
-    write(generate(TINY), folder)
+    write(generate(SPEC), folder)
     return folder
 
 
@@ -110,7 +120,7 @@ def tiny_config(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A config directory with ``TWIN_tiny`` and ``MoS_TWIN_tiny`` on it: LongCTR's two flat files."""
     folder = tmp_path_factory.mktemp("tiny_config")
     (folder / "model_config.yaml").write_text(TINY_EXPERIMENTS)
-    (folder / "dataset_config.yaml").write_text(dataset_config(TINY, tiny_folder))
+    (folder / "dataset_config.yaml").write_text(dataset_config(SPEC, tiny_folder))
     return folder
 
 
@@ -167,7 +177,7 @@ def run_expid() -> Callable[..., Answer]:
 
     def run(*arguments: object, cwd: Path | None = None) -> Answer:
         command = [sys.executable, str(ROOT / "run_expid.py"), *map(str, arguments)]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, timeout=300)
         return Answer(done.returncode, done.stdout, done.stderr)
 

@@ -96,7 +96,7 @@ class Golden:
 @cache
 def tiny_dataset(context: bool = True) -> CTRDataset:
     """The data set of the golden files: 30 rows (for training and validation alike), 60 items, some empty histories."""
-    columns = [{"name": name, "type": "meta"} for name in ("user_index", "item_index", "seq_len")]
+    columns: list[dict[str, Any]] = [{"name": name, "type": "meta"} for name in ("user_index", "item_index", "seq_len")]
     columns += CONTEXT_COLUMNS if context else []
     columns += [
         {"name": "item_id", "type": "categorical", "source": "item", "vocab_size": 60},

@@ -47,13 +47,15 @@ def rows_of(vectors: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[real] for row, real in zip(vectors, mask, strict=True)]
 
 
-def masked_attention(layer: TargetAttention, query: Tensor, vectors: Tensor, mask: Tensor) -> Tensor:
+def masked_attention(
+    layer: TargetAttention, query: Tensor, vectors: Tensor, mask: Tensor, attend_padding: bool = False
+) -> Tensor:
     """Attention with keys and values projected at every position, masked scores at -1e9, top-k by the full scores.
 
     Args:
         query: ``[B, d]``.
         vectors: ``[B, T, d]``.
-        mask: ``[B, T]``; rows without a real token give zeros, or with ``attend_padding`` the mean of all T values.
+        mask: ``[B, T]``; rows without a real token give zeros, or as LongCTR the mean of all T values.
     """
     batch, length, _ = vectors.shape
     if length == 0:
@@ -70,7 +72,7 @@ def masked_attention(layer: TargetAttention, query: Tensor, vectors: Tensor, mas
         v = v.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, v.shape[-1]))
     answer = (scores.softmax(-1).unsqueeze(-1) * v).sum(2).reshape(batch, -1)
     answer = layer.W_o(answer)
-    return answer if layer.attend_padding else answer * mask.any(1, keepdim=True)
+    return answer if attend_padding else answer * mask.any(1, keepdim=True)
 
 
 def attention(layer: TargetAttention, query: Tensor, tokens: Tensor) -> Tensor:
@@ -91,8 +93,8 @@ def longctr_twin(block: TwinBlock, query: Tensor, vectors: Tensor, mask: Tensor)
     assert isinstance(block.long_attention, TargetAttention)
     with_target = torch.cat([vectors, query.unsqueeze(1)], 1)
     window = slice(-block.short_seq_len, -1)
-    short = masked_attention(block.short_attention, query, with_target[:, window], mask[:, window])
-    return torch.cat([short, masked_attention(block.long_attention, query, vectors, mask)], -1)
+    short = masked_attention(block.short_attention, query, with_target[:, window], mask[:, window], True)
+    return torch.cat([short, masked_attention(block.long_attention, query, vectors, mask, True)], -1)
 
 
 def block_answer(block: nn.Module, query: Tensor, tokens: Tensor) -> Tensor:
@@ -125,7 +127,8 @@ def windows(tokens: Tensor, size: int, stride: int, align: str = "right", divide
 def cosines(router: ThemeRouter, inputs: Tensor) -> Tensor:
     """Cosine of h(x) to each code, ``[..., n]``, by the formula."""
     hidden, codes = router.h(inputs), router.codebook.codes
-    return (hidden @ codes.T) / (hidden.norm(dim=-1, keepdim=True) * codes.norm(dim=-1))
+    lengths = hidden.norm(dim=-1, keepdim=True).clamp(min=1e-8) * codes.norm(dim=-1)
+    return (hidden @ codes.T) / lengths
 
 
 def gate_row(router: ThemeRouter, inputs: Tensor) -> Tensor:

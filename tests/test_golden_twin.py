@@ -172,7 +172,9 @@ def test_a_batch_shorter_than_the_short_window_works_by_default_and_is_refused_l
     legacy = small_model("TWIN", dataset=data, short_seq_len=6, longctr_compat=True).eval()
     with torch.no_grad():
         assert torch.isfinite(fixed(one_row(length, length))["y_pred"]).all()
-        with pytest.raises(ConfigError, match=rf"padded to {length} items when short_seq_len is 6.*longctr_compat: False"):
+        with pytest.raises(
+            ConfigError, match=rf"padded to {length} items when short_seq_len is 6.*longctr_compat: False"
+        ):
             legacy(one_row(length, length))
 
 

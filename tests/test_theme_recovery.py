@@ -179,7 +179,9 @@ def test_the_themes_are_read_from_the_image_part(themed: Callable[[int], Themed]
     assert float(vectors[:, :-IMAGE].std()) < 1e-3 < 0.1 < float(vectors[:, -IMAGE:].std())
     model.start_experts(world.loader("train"))
     for when in ("after k-means", "after training"):
-        ids, image = (agreement(world.theme, item_experts(model, part)) for part in (slice(-IMAGE), slice(-IMAGE, None)))
+        ids, image = (
+            agreement(world.theme, item_experts(model, part)) for part in (slice(-IMAGE), slice(-IMAGE, None))
+        )
         print(f"\n{when}: ids alone {ids:.3f}, image alone {image:.3f}")
         assert image > 0.9 and ids < 0.2
         if when == "after k-means":

@@ -18,7 +18,7 @@ from model_zoo.errors import ConfigError
 
 State = dict[str, Tensor]
 EXACT = "donot_use_mm_for_euclid_dist"
-STOCHASTIC = {"net_dropout": 0.2, "attention_dropout": 0.2}
+STOCHASTIC: dict[str, Any] = {"net_dropout": 0.2, "attention_dropout": 0.2}
 
 
 def state(model: Any) -> State:
@@ -169,7 +169,7 @@ def test_each_phase_stops_early_on_its_own(tmp_path: Path) -> None:
 
 def test_early_stopping_patience_per_phase(tmp_path: Path) -> None:
     model = small_model("MoS_TWIN", tmp_path, phase_patience=[1, 2, 3], phase2_epochs=9)
-    scores = iter([0.9, 0.8] + [0.9, 0.8, 0.8] + [0.9, 0.8, 0.8, 0.8])
+    scores = iter([0.9, 0.8, 0.9, 0.8, 0.8, 0.9, 0.8, 0.8, 0.8])  # 2, 3 and 4 evaluations
     model.evaluate = lambda batches: {"AUC": next(scores)}
     traced_fit(model, epochs=9)
     assert [r["phase"] for r in model.history] == ["phase1"] * 2 + ["phase2"] * 3 + ["phase3"] * 4
@@ -210,7 +210,7 @@ def validations(model: Any, phase: str) -> list[dict[str, float]]:
 
 
 def test_phase_1_is_bit_for_bit_the_plain_backbone_of_the_same_seed(tmp_path: Path) -> None:
-    extra = {"embedding_regularizer": 1e-3, "net_regularizer": 1e-4}
+    extra: dict[str, Any] = {"embedding_regularizer": 1e-3, "net_regularizer": 1e-4}
     twin = fit_twin(tmp_path, **extra)
     mos = small_model("MoS_TWIN", tmp_path, seed=4, phase3_epochs=1, **STOCHASTIC, **extra)
     traced_fit(mos, epochs=3, seed=4)
@@ -437,7 +437,12 @@ def test_each_phase_leaves_its_checkpoint_and_the_final_one_is_phase_3s_best(tmp
     model = small_model("MoS_TWIN", tmp_path, early_stop_patience=9)
     ends: list[tuple[str, State]] = []
     scores = iter([0.9, 0.8, 0.5, 0.7, 0.75, 0.6])
-    model.evaluate = lambda batches: (ends.append((model.phase_name, state(model))), {"AUC": next(scores)})[1]
+
+    def evaluate(batches: Any) -> dict[str, float]:
+        ends.append((model.phase_name, state(model)))
+        return {"AUC": next(scores)}
+
+    model.evaluate = evaluate
     model.phase_epochs = (2, 1, 3)
     traced_fit(model, epochs=9)
     names = ["MoS_TWIN.model", *(f"MoS_TWIN.phase{number}.model" for number in (1, 2, 3))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -12,6 +13,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -49,8 +51,18 @@ def write_whole(path: str, text: str) -> None:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write json whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, default=str) + "\n")
+    """Write json whole or not at all; a number that is NaN or infinite, which json lacks, becomes null."""
+    write_whole(path, json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_yaml(path: str, value: Any) -> None:

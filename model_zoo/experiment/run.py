@@ -94,6 +94,7 @@ def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> d
     feature_map = build_feature_map(params)
     dataset = load_dataset(feature_map, params)
     check_labels(dataset, [*params["metrics"], *_monitored(params["monitor"])])
+    fingerprint = dataset.fingerprint()
     model = build_model(params, feature_map, dataset)
     loaders = make_loaders(dataset, params)
     check_eval_steps(model, len(loaders["train"]), params)
@@ -121,7 +122,7 @@ def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> d
             "config": params,
             "history": model.history,
             "parameters": model.parameter_counts(),
-            "data_fingerprint": dataset.fingerprint(),
+            "data_fingerprint": fingerprint,
             "seconds": {"fit": fit_seconds, "total": time.perf_counter() - started},
             "peak_memory": record.peak_memory(),
             "checkpoint": os.path.basename(model.checkpoint),

@@ -70,7 +70,7 @@ class TargetAttention(nn.Module):
         heads, dim = self.num_heads, query.shape[1]
         head_query = self.W_q(query).view(batch, heads, -1)  # [B, h, a/h]
         absorbed = torch.einsum("bhe,hed->bhd", head_query, self.W_k.weight.view(heads, -1, dim))
-        absorbed = absorbed / math.sqrt(head_query.shape[2])
+        absorbed = (absorbed / math.sqrt(head_query.shape[2])).to(sequence.items.dtype)  # autocast lowers only one of them
         index, mask = sequence.index, sequence.mask  # [B, T], shared by the heads
         if self.topk is not None and self.topk < length:
             kept = self._select(absorbed, sequence)  # [B, h, k] columns

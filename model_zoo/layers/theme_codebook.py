@@ -38,6 +38,7 @@ class ThemeCodebook(nn.Module):
     codes: Tensor
     cluster_size: Tensor
     cluster_sum: Tensor
+    size_is_share: Tensor
     idle_updates: Tensor
 
     def __init__(
@@ -65,6 +66,7 @@ class ThemeCodebook(nn.Module):
             self.register_buffer("codes", start)
         self.register_buffer("cluster_size", torch.zeros(num_themes))
         self.register_buffer("cluster_sum", torch.zeros(num_themes, dim))
+        self.register_buffer("size_is_share", torch.zeros((), dtype=torch.bool))
         self.register_buffer("idle_updates", torch.zeros(num_themes, dtype=torch.long))
 
     def cosine(self, hidden: Tensor) -> Tensor:
@@ -105,6 +107,10 @@ class ThemeCodebook(nn.Module):
             moved = self.decay * self.codes + (1 - self.decay) * mean
             self.codes.copy_(torch.where(present.unsqueeze(1), moved, self.codes))
         else:
+            if bool(self.size_is_share):  # k-means knows shares; a batch's size is known only now
+                self.cluster_size.mul_(count.sum())
+                self.cluster_sum.mul_(count.sum())
+                self.size_is_share.fill_(False)
             self.cluster_size.mul_(self.decay).add_(count, alpha=1 - self.decay)
             self.cluster_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
             size = self.cluster_size.sum()
@@ -135,6 +141,7 @@ class ThemeCodebook(nn.Module):
         share = sizes.to(self.cluster_size) / sizes.sum().clamp(min=1)
         self.cluster_size.copy_(share)
         self.cluster_sum.copy_(self.codes.detach() * share.unsqueeze(1))
+        self.size_is_share.fill_(True)
         self.idle_updates.zero_()
 
 

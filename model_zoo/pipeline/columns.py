@@ -88,7 +88,8 @@ def integers(series: pl.Series, path: str, offsets: Offsets | None = None) -> np
         _refuse(~(np.isfinite(values) & (values == whole)), series, path, "is not a whole number", offsets)
         values = whole
     if values.dtype.kind == "f" or values.dtype == np.uint64:
-        _refuse((values < -TOO_LARGE) | (values >= TOO_LARGE), series, path, "is beyond 64-bit integers", offsets)
+        size = values.astype(np.float64)
+        _refuse((size < -TOO_LARGE) | (size >= TOO_LARGE), series, path, "is beyond 64-bit integers", offsets)
     return values.astype(np.int64)
 
 

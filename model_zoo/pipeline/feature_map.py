@@ -81,7 +81,7 @@ def _label(label: Any, where: str) -> str:
 def _names(entry: dict[str, Any], where: str) -> list[str]:
     """The column names of an entry, which may share one specification."""
     name = entry.get("name")
-    names = name if isinstance(name, list) else [name]
+    names: list[Any] = name if isinstance(name, list) else [name]
     for each in names:
         if not isinstance(each, str) or not each or "." in each:
             raise ConfigError(f"{where}: name: {each!r}: must be a column name (text, without a dot)")

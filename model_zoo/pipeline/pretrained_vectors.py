@@ -15,7 +15,7 @@ from model_zoo.compat import FeatureMap
 from model_zoo.errors import DataError
 
 
-def load_pretrained(feature_map: FeatureMap, embedding_dim: int, data_root: str = "") -> dict[str, tuple[Tensor, Tensor]]:
+def load_pretrained(feature_map: FeatureMap, embedding_dim: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Vectors of every feature with ``pretrained_emb``.
 
     Args:

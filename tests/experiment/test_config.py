@@ -121,7 +121,11 @@ def test_overrides_are_yaml(text: str, expected: tuple[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("seed", "--set seed: write it as key=value"), ("=3", "--set =3: write it as key=value"), ("x=[", "is not a yaml value")],
+    [
+        ("seed", "--set seed: write it as key=value"),
+        ("=3", "--set =3: write it as key=value"),
+        ("x=[", "is not a yaml value"),
+    ],
 )
 def test_malformed_overrides_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles import gradients, ragged
 
+from model_zoo.layers import attend_items as module
 from model_zoo.layers.attend_items import AttendPlan, attend_items, attend_plans
 
 # float64 sums of at most a few dozen terms of order one, taken in another order
@@ -28,7 +29,9 @@ def plain(query, items, index, mask, keep, attend_padding):
 @pytest.mark.parametrize("attend_padding", [False, True])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_output_and_gradients_equal_the_plain_formula(dropout, heads, attend_padding):
+@pytest.mark.parametrize("rows_at_a_time", [1, 2, 3])
+def test_output_and_gradients_equal_the_plain_formula(rows_at_a_time, dropout, heads, attend_padding, monkeypatch):
+    monkeypatch.setattr(module, "GATHERED_FLOATS", rows_at_a_time * 5 * 5)
     sequence = ragged([4, 0, 2], 5, padding=1)
     query = torch.randn(3, heads, 5, dtype=torch.double, requires_grad=True)
     keep = dropout_factors(3, heads, 5) if dropout else None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracles import gradients, masked_attention, ragged
 from torch import nn
 
+from model_zoo.layers import attend_items
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.target_attention import TargetAttention
 
@@ -36,7 +37,7 @@ def test_output_and_every_gradient_equal_the_per_position_form(heads, topk, atte
     else:
         sequence = ragged(LENGTHS, 6, padding=2)
     output = layer(query, sequence)
-    expected = masked_attention(layer, query, sequence.vectors, sequence.mask)
+    expected = masked_attention(layer, query, sequence.vectors, sequence.mask, attend_padding)
     torch.testing.assert_close(output, expected, **EXACT)
     leaves = [query, sequence.items, *layer.parameters()]
     for got, want in zip(gradients(output, leaves), gradients(expected, leaves), strict=True):
@@ -127,14 +128,18 @@ def test_large_scores_do_not_overflow():
     assert all(bool(g.isfinite().all()) for g in gradients(output, [query, sequence.items]))
 
 
-def test_selection_in_groups_of_rows_equals_selection_at_once():
-    layer, query = layer_and_query(2, batch=40, topk=3)
-    sequence = ragged([5] * 40, 6)
-    expected = layer(query, sequence)
-    wide = Sequence(sequence.items, sequence.index.repeat(1, 1500), torch.zeros(40, 7500, dtype=torch.bool))
-    wide.mask[:, :5] = True
-    # 7,500 columns of width 6 make groups of five rows
-    torch.testing.assert_close(layer(query, wide), expected, **EXACT)
+def test_groups_of_rows_of_any_size_give_the_same(monkeypatch):
+    layer, query = layer_and_query(2, topk=3)
+    sequence = ragged(LENGTHS, 6)
+    leaves = [query, sequence.items, *layer.parameters()]
+    output = layer(query, sequence)
+    expected = gradients(output, leaves)
+    for rows in (1, 2, 4):
+        monkeypatch.setattr(attend_items, "GATHERED_FLOATS", rows * 7 * 6)
+        grouped = layer(query, sequence)
+        torch.testing.assert_close(grouped, output, **EXACT)
+        for got, want in zip(gradients(grouped, leaves), expected, strict=True):
+            torch.testing.assert_close(got, want, **EXACT)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

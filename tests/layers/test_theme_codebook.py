@@ -70,7 +70,7 @@ def test_an_ema_codebook_is_a_buffer_without_gradient():
     assert not list(book.parameters())
     assert book.codes.grad is None and not book.codes.requires_grad
     assert hidden.grad is not None
-    assert {"codes", "cluster_size", "cluster_sum", "idle_updates"} == set(book.state_dict())
+    assert {"codes", "cluster_size", "cluster_sum", "idle_updates", "size_is_share"} == set(book.state_dict())
 
 
 # ---- eq. 4
@@ -290,3 +290,13 @@ def test_starting_from_centroids_takes_them_as_codes_and_their_shares_as_counts(
     # members at the code itself leave it there (Laplace smoothing: 1e-5 of the mass)
     book.ema_update(torch.tensor([[3.0, 0.0]]), torch.tensor([[0]]), torch.ones(1))
     torch.testing.assert_close(book.codes[0], torch.tensor([3.0, 0.0]), rtol=1e-4, atol=0)
+
+
+def test_count_mode_moves_slowly_from_its_k_means_start():
+    """After k-means the sizes are put on a batch's scale, so a first batch moves a code by (1 - decay) of the gap."""
+    book = ThemeCodebook(2, 2, decay=0.9, ema_mode="count").double()
+    book.start_from(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), torch.tensor([50.0, 50.0]))
+    hidden, themes = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double(), torch.tensor([[0], [1]])
+    book.ema_update(hidden, themes, torch.tensor([100.0, 100.0]))
+    # (0.9 * 100 * 1 + 0.1 * 100 * 3) / 100 = 1.2; the Laplace smoothing of equal sizes changes nothing
+    torch.testing.assert_close(book.codes, torch.tensor([[1.2, 0.0], [0.0, 1.0]]).double(), atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""A small shop in LongCTR's layout, read as it is, and read right or refused when its files are not as they should be."""
+"""A small shop in LongCTR's layout: read as it stands, and read right or refused where its files are unusual."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -206,7 +206,9 @@ def test_nullable_columns_without_nulls(shop: Any, tmp_path: Path) -> None:
     expected = shop(frames())
     given = frames()
     train = given.pop("train")
-    table = pd.DataFrame(train.to_dict(as_series=False)).astype({"user_index": "Int64", "is_click": "Int8", "age": "Float32"})
+    table = pd.DataFrame(train.to_dict(as_series=False)).astype(
+        {"user_index": "Int64", "is_click": "Int8", "age": "Float32"}
+    )
     table.to_parquet(tmp_path / "train.parquet")
     assert_same(shop(given), expected)
 
@@ -255,7 +257,10 @@ REFUSED: dict[str, tuple[Frames, str]] = {
         changed("item_info", "item_index", [0, 1, 2, 3, 4, 6]),
         "item_info.parquet: column 'item_index' has 4 but no 5; every index must stand there once",
     ),
-    "a user left out": (changed("user_info", "user_index", [0, 1, 3]), "user_info.parquet: column 'user_index' has 1 but no 2"),
+    "a user left out": (
+        changed("user_info", "user_index", [0, 1, 3]),
+        "user_info.parquet: column 'user_index' has 1 but no 2",
+    ),
     "users from 1": (
         changed("user_info", "user_index", [1, 2, 3]),
         "user_info.parquet: column 'user_index' starts at 1; number the users from 0",
@@ -274,7 +279,7 @@ REFUSED: dict[str, tuple[Frames, str]] = {
     ),
     "seq_len beyond the history": (
         changed("train", "seq_len", [3, 1, 2, 0, 0, 0]),
-        "train.parquet: column 'seq_len', row 2: 2: beyond the user's history in user_info; rebuild the split (1 such rows)",
+        "train.parquet: column 'seq_len', row 2: 2: beyond the user's history in user_info; rebuild the split (1",
     ),
     "negative seq_len": (
         changed("train", "seq_len", [3, -1, 1, 0, 0, 0]),
@@ -322,8 +327,14 @@ REFUSED: dict[str, tuple[Frames, str]] = {
         changed("valid", "is_click", [1, 0, 1, 0, 0, None]),
         "valid.parquet: column 'is_click', row 5: None is null; fill it or drop the row (1 such rows)",
     ),
-    "NaN": (changed("train", "age", [1, 2, NAN, 4, 5, 6]), "train.parquet: column 'age', row 2: nan is NaN, infinite or"),
-    "infinity": (changed("train", "age", [1, 2, 3, 4, INF, 6]), "train.parquet: column 'age', row 4: inf is NaN, infinite or"),
+    "NaN": (
+        changed("train", "age", [1, 2, NAN, 4, 5, 6]),
+        "train.parquet: column 'age', row 2: nan is NaN, infinite or",
+    ),
+    "infinity": (
+        changed("train", "age", [1, 2, 3, 4, INF, 6]),
+        "train.parquet: column 'age', row 4: inf is NaN, infinite or",
+    ),
     "NaN in a vector": (
         changed("item_info", "image", [[0, 0, 0], *[[1, 2, NAN]] * 5], pl.List(pl.Float64)),
         "item_info.parquet: column 'image', row 1: [1.0, 2.0, nan] holds a value that is NaN, infinite",
@@ -334,8 +345,8 @@ REFUSED: dict[str, tuple[Frames, str]] = {
     ),
     "vectors of another width": (
         changed("item_info", "text", [[0.0] * 5] * 6),
-        "item_info.parquet: column 'text', row 0: [0.0, 0.0, 0.0, 0.0, 0.0] is not a vector of 2 numbers; most rows hold 5: "
-        "set embedding_dim or pretrain_dim (6 such rows)",
+        "item_info.parquet: column 'text', row 0: [0.0, 0.0, 0.0, 0.0, 0.0] is not a vector of 2 numbers; most rows "
+        "hold 5: set embedding_dim or pretrain_dim (6 such rows)",
     ),
     "id beyond the vocabulary": (
         changed("train", "hour", [1, 2, 3, 4, 25, 25]),
@@ -476,5 +487,7 @@ def test_every_kind_of_feature_is_embedded_and_learns(shop: Any, item_kind: str,
 def test_an_embedding_without_width_has_the_experiments(shop: Any) -> None:
     column = {"name": "query", "type": "embedding"}
     assert shop(frames(), columns=[ITEM_FEATURES[0], column]).splits["train"].context["query"].shape == (6, 4)
-    with pytest.raises(DataError, match=r"column 'query', row 0: .* is not a vector of 5 numbers; most rows hold 4: set"):
+    with pytest.raises(
+        DataError, match=r"column 'query', row 0: .* is not a vector of 5 numbers; most rows hold 4: set"
+    ):
         shop(frames(), columns=[ITEM_FEATURES[0], column], embedding_dim=5)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model_zoo
 from model_zoo.batch import Batch
 from model_zoo.pipeline.dataset import CTRDataset, Histories, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
@@ -166,8 +167,6 @@ def test_a_last_training_batch_of_one_row_is_folded(
 
 @pytest.fixture(scope="module")
 def twin(golden_tiny: CTRDataset) -> Any:
-    import model_zoo
-
     torch.manual_seed(0)
     params = {"embedding_dim": 8, "attention_dim": 8, "topk": 4, "short_seq_len": 6, "dnn_hidden_units": [16]}
     table = golden_tiny.item_features()
@@ -222,3 +221,23 @@ def test_longctrs_tuples_are_predicted_as_our_batches_are(golden_tiny: CTRDatase
         np.testing.assert_allclose(theirs, reference, rtol=0, atol=1e-6)  # as above
     theirs = by_row(twin, [longctr_batch(golden_tiny, "train", rows, 20)], [rows])
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-6)  # as above
+
+
+@pytest.mark.parametrize("name", ["TWIN", "MoS_TWIN"])
+def test_gradients_repeat_bit_for_bit_on_several_threads(tiny_dataset: CTRDataset, name: str) -> None:
+    torch.manual_seed(0)
+    table = tiny_dataset.item_features()
+    model = getattr(model_zoo, name)(tiny_dataset.feature_map, item_features=table, embedding_dim=16, attention_dim=8)
+    batch = next(iter(SequenceLoader(tiny_dataset, "train", 1500, 24)))
+    found = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(4):
+            model.zero_grad()
+            model(batch)["y_pred"].square().sum().backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

@@ -1,4 +1,4 @@
-"""Pretrained vectors: placed by id from .h5 and .npz files, used as ``pretrain_usage`` says, refused when they do not fit."""
+"""Pretrained vectors: placed by id from .h5 and .npz files, used as ``pretrain_usage`` says, refused if unfit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_missing_broken_or_incomplete_file_is_refused(name: str, tmp_path: Pat
     whole = Path(write(path)).read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="needs readable arrays 'key' .* and 'value'") as refusal:
+        with pytest.raises(DataError, match=r"needs readable arrays 'key' .* and 'value'") as refusal:
             read_vectors(str(path), "item_id", 60, 4)
         assert "\n" not in str(refusal.value)
     path.unlink()
@@ -124,7 +124,14 @@ def table(tmp_path: Path) -> tuple[str, np.ndarray]:
 
 def model_of(golden_params: Params, dataset: CTRDataset, path: str, **more: Any) -> Any:
     params = golden_params("B")
-    spec = {"name": "item_id", "type": "categorical", "source": "item", "vocab_size": 60, "pretrained_emb": path, **more}
+    spec = {
+        "name": "item_id",
+        "type": "categorical",
+        "source": "item",
+        "vocab_size": 60,
+        "pretrained_emb": path,
+        **more,
+    }
     columns = [spec if column["name"] == "item_id" else column for column in params["feature_cols"]]
     feature_map = build_feature_map({**params, "feature_cols": columns})
     torch.manual_seed(0)
