@@ -258,5 +258,5 @@ def test_bad_raw_files_are_one_sentence_and_exit_code_2(
 def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
     folder = write(many_users(6), tmp_path / "raw")
     (folder / "test.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(DataError, match="test.parquet cannot be read as parquet"):
+    with pytest.raises(DataError, match=r"test.parquet cannot be read as parquet"):
         kuairand.read_raw(folder)

@@ -342,6 +342,17 @@ def test_runs_repeat_and_the_seed_changes_them(cli: Command, tiny_config: Path, 
     assert found[0] != found[2]
 
 
+def test_phase_1_is_the_plain_backbones_run_of_the_same_seed(
+    cli: Command, finished: Any, tiny_config: Path, tmp_path: Path
+) -> None:
+    arguments = ("--config", tiny_config, "--expid", "TWIN_tiny", "--set", f"model_root={tmp_path}")
+    assert cli(*arguments).code == 0
+    [path] = tmp_path.glob("tiny/*/*/metrics.json")
+    plain, first = json.loads(path.read_text())["scores"]["final"], finished[2]["scores"]["phase1"]
+    # equal weights; the two runs are two processes on one thread each, whose evaluation sums alike
+    assert {split: pytest.approx(scores, abs=1e-9) for split, scores in plain.items()} == first
+
+
 def test_a_plain_backbone_runs_without_a_test_split_or_groups(cli: Command, tiny_config: Path, tmp_path: Path) -> None:
     settings = [
         "test_data=null",

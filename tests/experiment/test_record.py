@@ -49,6 +49,7 @@ def test_a_model_root_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     record.write_json(str(path), {"AUC": 0.5})
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(TypeError):
         record.write_json(str(path), {("a", "tuple"): 1})
     with pytest.raises(UnicodeEncodeError):
