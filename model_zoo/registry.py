@@ -49,7 +49,8 @@ class Method:
 
     Attributes:
         name: prefix of the composed models' names.
-        layer: class with signature ``(block_factory, item_dim, *, <configuration keys>)``.
+        layer: class with signature ``(block_factory, item_dim, *, <configuration keys>)``, a block itself, with
+            ``expert_modules()``: what it holds beside the backbone's own block, built inside ``isolated_rng()``.
         base: model class that trains it.
         has_losses: whether the layer takes a list for auxiliary losses.
     """

@@ -223,11 +223,11 @@ class SequentialCTR(TrainingLoop):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
             raise ConfigError(f"{checkpoint}: cannot be read as a checkpoint; give another file, or train again") from None
-        try:
-            self.load_state_dict(self.from_longctr(state))
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:400]
-            raise ConfigError(f"{checkpoint}: does not fit {type(self).__name__}: {detail}") from None
+        state = self.from_longctr(state)
+        faults = _misfits(self.state_dict(), state)
+        if faults:
+            raise ConfigError(f"{checkpoint}: does not fit {type(self).__name__}: {'; '.join(faults[:4])}")
+        self.load_state_dict(state)
         self.to(self.device)
 
     def from_longctr(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,3 +293,13 @@ def _initialise(modules: list[nn.Module]) -> None:
         hook = getattr(module, "init_weights", None) or getattr(module, "reset_custom_params", None)
         if callable(hook):
             hook()
+
+
+def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
+    """What keeps a state dict from loading, a clause for each parameter; nothing is loaded before this is empty."""
+    faults = [f"{name} is missing" for name in own if name not in given]
+    faults += [f"{name} is not in this model" for name in given if name not in own]
+    for name, value in own.items():
+        if name in given and given[name].shape != value.shape:
+            faults.append(f"{name} is {tuple(given[name].shape)}, not {tuple(value.shape)}")
+    return faults
