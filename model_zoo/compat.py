@@ -38,7 +38,7 @@ _defer_package("fuxictr.preprocess")
 from fuxictr.features import FeatureMap  # noqa: E402
 from fuxictr.pytorch.layers import FeatureEmbedding, FeatureEmbeddingDict, MLP_Block  # noqa: E402
 from fuxictr.pytorch.models import BaseModel  # noqa: E402
-from fuxictr.pytorch.torch_utils import get_activation, get_optimizer, get_regularizer, seed_everything  # noqa: E402
+from fuxictr.pytorch.torch_utils import get_activation, get_loss, get_optimizer, get_regularizer, seed_everything  # noqa: E402
 from fuxictr.utils import Monitor  # noqa: E402
 
 FUXICTR_VERSION = version("fuxictr")
@@ -52,6 +52,7 @@ __all__ = [
     "MLP_Block",
     "Monitor",
     "get_activation",
+    "get_loss",
     "get_optimizer",
     "get_regularizer",
     "seed_everything",

@@ -89,7 +89,6 @@ class SequentialCTR(TrainingLoop):
             net_regularizer=net_regularizer,
             learning_rate=learning_rate,
             accumulation_steps=accumulation_steps,
-            optimizer=optimizer,
             longctr_compat=longctr_compat,
             **params,
         )

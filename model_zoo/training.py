@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model_zoo.batch import AnyBatch, Batch
-from model_zoo.compat import BaseModel, FeatureEmbeddingDict, FeatureMap, get_optimizer, get_regularizer
+from model_zoo.compat import BaseModel, FeatureEmbeddingDict, FeatureMap, get_loss, get_optimizer, get_regularizer
 from model_zoo.errors import ConfigError
 from model_zoo.pipeline.metrics import evaluate_metrics
 
@@ -29,7 +29,6 @@ class TrainingLoop(BaseModel):
         feature_map: FuxiCTR's.
         learning_rate: of the optimizer.
         accumulation_steps: batches per optimizer step; an epoch's last incomplete group is stepped at its end.
-        optimizer: name in ``torch.optim``.
         longctr_compat: LongCTR's loop: the incomplete group is carried into the next epoch.
         params: FuxiCTR's own keys.
     """
@@ -40,7 +39,6 @@ class TrainingLoop(BaseModel):
         *,
         learning_rate: float,
         accumulation_steps: int,
-        optimizer: str,
         longctr_compat: bool,
         embedding_regularizer: float | str | None = None,
         net_regularizer: float | str | None = None,
@@ -55,7 +53,6 @@ class TrainingLoop(BaseModel):
         self.accumulation_steps = accumulation_steps
         self.longctr_compat = longctr_compat
         self.learning_rate = learning_rate
-        self._optimizer_name = optimizer
         self._configured_eval_steps: int | None = params.get("eval_steps")
         self.history: list[dict[str, Any]] = []
         self.phase_name = "train"
@@ -106,11 +103,24 @@ class TrainingLoop(BaseModel):
                 total = total + (strength / power) * norm
         return total
 
+    def compile(self, optimizer: str, loss: str, lr: float) -> None:
+        """FuxiCTR's hook: choose optimizer and loss.
+
+        Raises:
+            NotImplementedError: torch has no such optimizer or loss.
+        """
+        self._optimizer_name = optimizer
+        self.loss_fn = get_loss(loss)
+        self.use_optimizer(lr)
+
     def use_optimizer(self, learning_rate: float) -> None:
         """A new optimizer over the parameters that train now, and no gradients left over."""
         self.zero_grad(set_to_none=True)
         trainable = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = get_optimizer(self._optimizer_name, trainable, learning_rate)
+        if self._optimizer_name.lower() == "adam":
+            self.optimizer = torch.optim.Adam(trainable, lr=learning_rate, fused=True)
+        else:
+            self.optimizer = get_optimizer(self._optimizer_name, trainable, learning_rate)
 
     def fit(
         self,

@@ -138,10 +138,34 @@ def run_planned(blocks: ListOf[PlannedBlock], queries: ListOf[Tensor], sequences
 
 
 def attend_plans(plans: ListOf[AttendPlan], items: Tensor) -> list[Tensor]:
-    """`attend_items` of every plan. Plans of equally many heads run as one, padded to the longest.
+    """`attend_items` of every plan, with as few passes over the item table as give the same results.
 
+    Plans over the very same index run as heads of one; then plans of equally many heads run as one, padded to the longest.
     Plans that attend to padding run alone: more columns would change them.
     """
+    sharing: dict[int, list[int]] = {}
+    for number, plan in enumerate(plans):
+        sharing.setdefault(-1 - number if plan.attend_padding else id(plan.index), []).append(number)
+    joined = [_join_heads([plans[number] for number in numbers]) for numbers in sharing.values()]
+    results: dict[int, Tensor] = {}
+    for numbers, pooled in zip(sharing.values(), _attend_joined(joined, items), strict=True):
+        results |= zip(numbers, pooled.split([plans[number].query.shape[1] for number in numbers], 1), strict=True)
+    return [results[number] for number in range(len(plans))]
+
+
+def _join_heads(plans: list[AttendPlan]) -> AttendPlan:
+    """Plans over one index as the heads of one plan."""
+    if len(plans) == 1:
+        return plans[0]
+    first = plans[0]
+    keep = None
+    if any(plan.keep is not None for plan in plans):
+        keep = torch.cat([_dropout_factors(plan) for plan in plans], 1)
+    return AttendPlan(torch.cat([plan.query for plan in plans], 1), first.index, first.mask, keep, first.attend_padding)
+
+
+def _attend_joined(plans: list[AttendPlan], items: Tensor) -> list[Tensor]:
+    """`attend_items` of plans over different indices."""
     results: dict[int, Tensor] = {}
     merged: dict[int, list[int]] = {}
     for number, plan in enumerate(plans):
@@ -155,11 +179,8 @@ def attend_plans(plans: ListOf[AttendPlan], items: Tensor) -> list[Tensor]:
         short = [columns - plan.index.shape[1] for plan in group]
         keep = None
         if any(plan.keep is not None for plan in group):
-            factors = [plan.query.new_ones(()) if plan.keep is None else plan.keep for plan in group]
-            keep = torch.cat([
-                F.pad(factor.expand(*plan.query.shape[:2], plan.index.shape[1]), (0, missing), value=1.0)
-                for plan, factor, missing in zip(group, factors, short, strict=True)
-            ])  # fmt: skip
+            factors = [_dropout_factors(plan) for plan in group]
+            keep = torch.cat([F.pad(kept, (0, missing)) for kept, missing in zip(factors, short, strict=True)])
         pooled = attend_items(
             torch.cat([plan.query for plan in group]),
             items,
@@ -169,3 +190,7 @@ def attend_plans(plans: ListOf[AttendPlan], items: Tensor) -> list[Tensor]:
         )
         results |= zip(numbers, pooled.split([plan.query.shape[0] for plan in group]), strict=True)
     return [results[number] for number in range(len(plans))]
+
+
+def _dropout_factors(plan: AttendPlan) -> Tensor:
+    return plan.query.new_ones(*plan.query.shape[:2], plan.index.shape[1]) if plan.keep is None else plan.keep

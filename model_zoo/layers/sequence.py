@@ -62,7 +62,9 @@ class Sequence:
 
     def last(self, count: int) -> Sequence:
         """The newest ``count`` columns."""
-        start = max(self.index.shape[1] - count, 0)
+        start = self.index.shape[1] - count
+        if start <= 0:
+            return self
         return Sequence(self.items, self.index[:, start:], self.mask[:, start:])
 
     def select(self, rows: Tensor) -> Sequence:

@@ -49,6 +49,9 @@ class TargetAttention(nn.Module):
         self.W_v = nn.Linear(item_dim, attention_dim, bias=False)
         self.W_o = nn.Linear(attention_dim, item_dim, bias=False)
         self.dropout = dropout
+        self.scale = math.sqrt(attention_dim // num_heads)
+        # with one head, W_q^T W_k and W_o W_v are d x d maps, cheaper per row than two d x a ones if d < 2a
+        self.folds = num_heads == 1 and item_dim < 2 * attention_dim
 
     def forward(self, query: Tensor, sequence: Sequence) -> Tensor:
         """Attend.
@@ -68,9 +71,12 @@ class TargetAttention(nn.Module):
         if length == 0 or batch == 0:
             return None
         heads, dim = self.num_heads, query.shape[1]
-        head_query = self.W_q(query).view(batch, heads, -1)  # [B, h, a/h]
-        absorbed = torch.einsum("bhe,hed->bhd", head_query, self.W_k.weight.view(heads, -1, dim))
-        absorbed = (absorbed / math.sqrt(head_query.shape[2])).to(sequence.items.dtype)  # autocast lowers only one of them
+        if self.folds:
+            absorbed = (query @ (self.W_q.weight.T @ self.W_k.weight)).unsqueeze(1)
+        else:
+            head_query = self.W_q(query).view(batch, heads, -1)  # [B, h, a/h]
+            absorbed = torch.einsum("bhe,hed->bhd", head_query, self.W_k.weight.view(heads, -1, dim))
+        absorbed = (absorbed / self.scale).to(sequence.items.dtype)  # autocast lowers only one of them
         index, mask = sequence.index, sequence.mask  # [B, T], shared by the heads
         if self.topk is not None and self.topk < length:
             kept = self._select(absorbed, sequence)  # [B, h, k] columns
@@ -88,6 +94,8 @@ class TargetAttention(nn.Module):
         if pooled is None:
             return query.new_zeros(query.shape[0], self.out_dim)
         heads, (batch, dim) = self.num_heads, query.shape
+        if self.folds:
+            return pooled[0].view(batch, dim) @ (self.W_o.weight @ self.W_v.weight).T
         by_head = pooled[0].view(batch, heads, dim)
         values = torch.einsum("bhd,hed->bhe", by_head, self.W_v.weight.view(heads, -1, dim))
         return self.W_o(values.reshape(batch, -1))
