@@ -237,7 +237,7 @@ class TrainingLoop(BaseModel):
         """
         names = metrics or list(dict.fromkeys([*self.validation_metrics, *self._monitor.get_metrics()]))
         prediction, label, group = self.predict_split(data_generator)
-        return evaluate_metrics(label, prediction, names, group)
+        return self.evaluate_metrics(label, prediction, names, group)
 
     def predict_split(self, data_generator: Iterable[AnyBatch]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Predictions float32 ``[N]``, labels ``[N]`` and groups ``[N]`` (or None) of a split, in its order."""
@@ -259,5 +259,5 @@ class TrainingLoop(BaseModel):
     def evaluate_metrics(
         self, y_true: np.ndarray, y_pred: np.ndarray, metrics: list[str], group_id: np.ndarray | None = None
     ) -> dict[str, float]:
-        """Our exact metrics in place of FuxiCTR's."""
-        return evaluate_metrics(y_true, y_pred, metrics, group_id)
+        """Our exact metrics in place of FuxiCTR's; ``longctr_compat`` clips logloss at 1e-7 as FuxiCTR 2.3.2 does."""
+        return evaluate_metrics(y_true, y_pred, metrics, group_id, 1e-7 if self.longctr_compat else None)

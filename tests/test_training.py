@@ -396,3 +396,15 @@ def test_frozen_parameters_are_not_regularised() -> None:
     model.block.requires_grad_(False)
     model.embedding_layer.requires_grad_(False)
     assert regulariser(model) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_longctr_compat_clips_logloss_as_fuxictr_2_3_2_does(tmp_path: Path) -> None:
+    """A certain and wrong prediction costs -log(1e-7); by default -log of float32's epsilon, 1.2e-7."""
+    wrong, right = np.array([1.0, 0.0]), np.array([0.0, 0.0], dtype=np.float32)
+    losses = [
+        small_model("TWIN", tmp_path, longctr_compat=compat).evaluate_metrics(wrong, right, ["logloss"])["logloss"]
+        for compat in (True, False)
+    ]
+    eps = np.finfo(np.float32).eps
+    expected = [-(np.log(e) + np.log1p(-e)) / 2 for e in (1e-7, eps)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)  # float32 rounding of 1 - eps

@@ -115,7 +115,11 @@ def check_metrics(metrics: Sequence[str], grouped: bool) -> None:
 
 
 def evaluate_metrics(
-    y_true: npt.ArrayLike, y_pred: npt.ArrayLike, metrics: Sequence[str], group_id: npt.ArrayLike | None = None
+    y_true: npt.ArrayLike,
+    y_pred: npt.ArrayLike,
+    metrics: Sequence[str],
+    group_id: npt.ArrayLike | None = None,
+    logloss_eps: float | None = None,
 ) -> dict[str, float]:
     """Several metrics of one set of predictions, with FuxiCTR's names and definitions.
 
@@ -131,6 +135,7 @@ def evaluate_metrics(
         y_pred: ``[N]`` finite scores; probabilities where logloss is asked for.
         metrics: the names.
         group_id: ``[N]`` integers or strings, rows in any order; needed by all but AUC and logloss.
+        logloss_eps: as ``eps`` of ``logloss``.
 
     Returns:
         ``{name: value}`` in the order of ``metrics``. A metric that needs both classes is nan where no group (for AUC:
@@ -147,7 +152,7 @@ def evaluate_metrics(
         raise ValueError(f"group_id has {len(ids)} rows and y_true {len(label)}")
     values: dict[str, float] = dict.fromkeys(metrics, math.nan)
     for name in _LOGLOSS & values.keys():
-        values[name] = _logloss(label, prediction, None)
+        values[name] = _logloss(label, prediction, logloss_eps)
     if _LOGLOSS.issuperset(values):
         return values
 
