@@ -47,7 +47,7 @@ class RoutedExperts(nn.Module):
         output = query.new_zeros(query.shape[0], self.out_dim)
         if not jobs:
             return output
-        queries = [query[rows] for _, rows, _, _ in jobs]
+        queries = [query.index_select(0, rows) for _, rows, _, _ in jobs]
         if all(hasattr(expert, "plan") for expert, _, _, _ in jobs):
             answers = run_planned([job[0] for job in jobs], queries, [job[3] for job in jobs])  # type: ignore[misc]
         else:

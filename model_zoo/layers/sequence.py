@@ -80,8 +80,8 @@ class Sequence:
         keep = keep & self.mask
         counts = keep.sum(1)
         length = int(counts.max()) if counts.numel() else 0
-        from_end = keep.flip(1).cumsum(1).flip(1)  # 1 = the newest kept token
-        slot = torch.where(keep, length - from_end, length)  # dropped tokens share a spare column
+        first = (length - counts - 1).unsqueeze(1)  # the column before the oldest kept token's
+        slot = torch.where(keep, first + keep.cumsum(1), length)  # dropped tokens share a spare column
         index = self.index.new_zeros(self.index.shape[0], length + 1).scatter_(1, slot, self.index)[:, :length]
         columns = torch.arange(length, device=index.device)
         return Sequence(self.items, index, columns >= (length - counts).unsqueeze(1))
