@@ -90,6 +90,8 @@ class ThreePhaseCTR(SequentialCTR):
             raise ValueError(f"phase_lrs needs three learning rates, one per phase, not {phase_lrs}")
         if phase_patience is not None and (len(phase_patience) != 3 or min(phase_patience) < 1):
             raise ValueError(f"phase_patience needs three numbers of at least 1, one per phase, not {phase_patience}")
+        if params.get("save_best_only") is False:
+            raise ValueError("save_best_only must be True: each phase goes on from its best weights")
         super().__init__(*args, **params)
         self.phase_epochs = (phase1_epochs, phase2_epochs, phase3_epochs)
         self.phase_lrs = phase_lrs or [self.learning_rate] * 3

@@ -147,8 +147,16 @@ class TrainingLoop(BaseModel):
 
         Returns:
             The batch's whole loss (a scalar, not divided).
+
+        Raises:
+            ConfigError: a prediction is NaN or infinite.
         """
         return_dict = self.forward(batch_data)
+        if not bool(torch.isfinite(return_dict["y_pred"].detach().sum())):
+            raise ConfigError(
+                f"{self.phase_name} epoch {self._epoch_index + 1}, batch {self._batch_index + 1}: a prediction is not a "
+                "finite number; training diverged: lower learning_rate"
+            )
         loss = self.compute_loss(return_dict, self.get_labels(batch_data))
         (loss / self.accumulation_steps).backward()
         if (self._batch_index + 1) % self.accumulation_steps == 0:

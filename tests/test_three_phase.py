@@ -184,6 +184,8 @@ def test_three_patiences_or_none() -> None:
 def test_three_learning_rates_or_none() -> None:
     with pytest.raises(ValueError, match="phase_lrs needs three learning rates, one per phase"):
         small_model("MoS_TWIN", phase_lrs=[1e-3, 1e-3])
+    with pytest.raises(ValueError, match="save_best_only must be True"):
+        small_model("MoS_TWIN", save_best_only=False)
 
 
 # ---- phase 1 is the plain backbone -----------------------------------------------------------------------------------

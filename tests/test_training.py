@@ -408,3 +408,11 @@ def test_longctr_compat_clips_logloss_as_fuxictr_2_3_2_does(tmp_path: Path) -> N
     eps = np.finfo(np.float32).eps
     expected = [-(np.log(e) + np.log1p(-e)) / 2 for e in (1e-7, eps)]
     np.testing.assert_allclose(losses, expected, rtol=1e-6)  # float32 rounding of 1 - eps
+
+
+def test_a_diverged_training_stops_with_a_sentence(tmp_path: Path) -> None:
+    model = small_model("TWIN", tmp_path)
+    with torch.no_grad():
+        model.dnn.mlp[0].weight.fill_(torch.nan)
+    with pytest.raises(ConfigError, match=r"train epoch 1, batch 1: a prediction is not a finite number.*learning_rate"):
+        model.fit(tiny_loader("train", batch_size=8), epochs=1, validation_data=tiny_loader("train", batch_size=8))

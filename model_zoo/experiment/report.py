@@ -64,8 +64,8 @@ def summary(result: dict[str, Any], folder: str, results_table: str) -> None:
     for router, usage in result.get("codebook_usage", {}).items():
         share = " ".join(f"{value:.3f}" for value in usage["share"])
         text.append(
-            f"{router} codebook: share of tokens {share}; entropy {usage['entropy']:.2f} of 1; top-1 margin "
-            f"{usage['margin']:.3f}; an expert reads {usage['routed']:.2f} of a history"
+            f"{router} codebook, first validation batches: share of tokens {share}; entropy {usage['entropy']:.2f} of 1; "
+            f"top-1 margin {usage['margin']:.3f}; an expert reads {usage['routed']:.2f} of a history"
         )
     text.append(
         f"{result['seconds']['total']:.0f} s in all, peak memory {result['peak_memory']['resident_mib']:.0f} MiB\n"
@@ -82,7 +82,12 @@ def _verdict(result: dict[str, Any], split: str) -> str:
         for name in final
         if name not in ("logloss", "binary_crossentropy")
     ]
-    return f"against its own backbone (phase 1) on {split}: {', '.join(changes)}"
+    verdict = f"against its own backbone (phase 1) on {split}: {', '.join(changes)}"
+    short = result["config"].get("phase1_epochs")
+    if short is not None:
+        plain = result["model"].partition("_")[2]
+        return f"{verdict} (phase 1 was cut to {short} epoch(s): for a fully trained backbone run {plain} itself)"
+    return f"{verdict} (a second round of training included)"
 
 
 def _figure(value: float | None) -> str:

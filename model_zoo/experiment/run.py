@@ -163,6 +163,7 @@ def make_loaders(dataset: CTRDataset, params: dict[str, Any]) -> dict[str, Seque
             params["max_len"],
             shuffle=name == "train" and params["shuffle"],
             seed=params["seed"],
+            training=name == "train",
         )
         for name in dataset.splits
     }

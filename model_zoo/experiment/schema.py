@@ -59,7 +59,7 @@ IGNORED_KEYS = {"num_workers", "pickle_feature_encoder", "debug_mode", "feature_
 LOWER_BOUNDS = {
     "epochs": 1, "batch_size": 1, "max_len": 1, "embedding_dim": 1, "accumulation_steps": 1, "early_stop_patience": 1,
     "eval_steps": 1, "learning_rate": 0, "attention_dim": 1, "num_heads": 1, "topk": 1, "codebook_dim": 1,
-    "n_item_experts": 0, "n_window_experts": 0, "phase1_epochs": 1, "phase2_epochs": 0, "phase3_epochs": 0,
+    "n_item_experts": 0, "n_window_experts": 0, "phase1_epochs": 1, "phase2_epochs": 0, "phase3_epochs": 1,
     "kmeans_tokens": 0, "window_size": 1, "window_stride": 1, "seed": 0,
     "dnn_hidden_units": 1, "embedding_regularizer": 0, "net_regularizer": 0, "max_gradient_norm": 0,
 }  # fmt: skip

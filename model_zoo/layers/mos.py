@@ -234,8 +234,10 @@ class MoS(nn.Module):
         if losses is not None and self.align_weight and self.training:
             with torch.no_grad():
                 goal = self.global_expert(query, sequence)
-            for _, answer in branches:
-                losses.append(self.align_weight * (answer - goal).square().mean())
+            for weight, answer in branches:
+                present = (weight > 0).to(answer.dtype)  # [B, 1]
+                gap = (answer - goal).square().mean(1, keepdim=True) * present
+                losses.append(self.align_weight * gap.sum() / present.sum().clamp(min=1))
         for weight, answer in branches:
             output = output + weight * answer
         if self.empty_history == "zeros":

@@ -27,10 +27,18 @@ class SequenceLoader:
         max_len: newest history items kept.
         shuffle: new order each epoch (`set_epoch`).
         seed: of the order.
+        training: the batches are trained on (implied by ``shuffle``).
     """
 
     def __init__(
-        self, dataset: CTRDataset, split: str, batch_size: int, max_len: int, shuffle: bool = False, seed: int = 0
+        self,
+        dataset: CTRDataset,
+        split: str,
+        batch_size: int,
+        max_len: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        training: bool = False,
     ) -> None:
         self.split: Split = dataset.splits[split]
         self.histories = dataset.histories
@@ -41,7 +49,7 @@ class SequenceLoader:
         self.epoch = 0
         rows = len(self.split)
         self._bounds = [*range(0, rows, batch_size), rows]
-        if shuffle and len(self._bounds) > 2 and rows - self._bounds[-2] == 1:
+        if (shuffle or training) and len(self._bounds) > 2 and rows - self._bounds[-2] == 1:
             del self._bounds[-2]
 
     def __len__(self) -> int:

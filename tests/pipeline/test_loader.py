@@ -241,3 +241,11 @@ def test_gradients_repeat_bit_for_bit_on_several_threads(tiny_dataset: CTRDatase
         torch.set_num_threads(threads)
     assert found[0]
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_lone_last_training_row_is_folded_without_shuffling_too(golden_tiny: CTRDataset) -> None:
+    """BatchNorm cannot train on one row; evaluation keeps every batch as it is."""
+    rows = len(golden_tiny.splits["train"])
+    training = SequenceLoader(golden_tiny, "train", rows - 1, 20, training=True)
+    assert [len(batch) for batch in training] == [rows]
+    assert [len(batch) for batch in SequenceLoader(golden_tiny, "train", rows - 1, 20)] == [rows - 1, 1]
