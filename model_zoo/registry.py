@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from model_zoo.backbones.twin import TwinBlock
+from model_zoo.layers.heads import HeadShape, MLPHead, ScoreHead
 from model_zoo.layers.mos import MoS
 from model_zoo.sequential_ctr import SequentialCTR
 from model_zoo.three_phase import ThreePhaseCTR
@@ -21,17 +22,21 @@ BlockFactory = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Backbone:
-    """A sequence block and how its configuration reaches it.
+    """A sequence block, the head that reads it, and how configuration reaches both.
 
     Attributes:
         name: the plain model's name.
         block: class with signature ``(item_dim, *, <configuration keys>)`` and an ``out_dim`` attribute.
-        longctr_names: parameter-name prefixes of LongCTR's checkpoints, theirs to ours.
+        head: class with signature ``(HeadShape, *, <configuration keys>)``; blocks with a key ``head`` may choose ``dot``.
+        longctr_names: parts of parameter names in LongCTR's checkpoints, theirs to ours.
+        routable: whether a method may hold copies of the block.
     """
 
     name: str
     block: type[nn.Module]
+    head: type[nn.Module] = MLPHead
     longctr_names: dict[str, str] = field(default_factory=dict)
+    routable: bool = True
 
     def factory(self, item_dim: int, params: dict[str, Any]) -> Callable[..., nn.Module]:
         """Makes blocks; called with a function, it passes that on as the wrapper of the block's long branch."""
@@ -41,6 +46,11 @@ class Backbone:
             return self.block(item_dim, **own) if wrap_long is None else self.block(item_dim, wrap_long, **own)
 
         return make
+
+    def make_head(self, shape: HeadShape, params: dict[str, Any]) -> nn.Module:
+        """The head, its keys taken from ``params``; `ScoreHead` under ``head: dot``."""
+        head = ScoreHead if params.get("head") == "dot" else self.head
+        return head(shape, **{key: params[key] for key in configuration_keys(head) if key in params})
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,11 @@ class Method:
         layer: class with signature ``(block_factory, item_dim, *, <configuration keys>)``, a block itself, with
             ``expert_modules()``: what it holds beside the backbone's own block, built inside ``isolated_rng()``.
         base: model class that trains it.
-        has_losses: whether the layer takes a list for auxiliary losses.
     """
 
     name: str
     layer: type[nn.Module]
     base: type[SequentialCTR] = SequentialCTR
-    has_losses: bool = False
 
     def wrap(self, make: BlockFactory, item_dim: int, params: dict[str, Any]) -> nn.Module:
         """The layer over ``make``'s blocks, with its keys taken from ``params``."""
@@ -67,9 +75,9 @@ class Method:
 
 
 BACKBONES: dict[str, Backbone] = {
-    backbone.name: backbone for backbone in [Backbone("TWIN", TwinBlock, TwinBlock.LONGCTR_NAMES)]
+    backbone.name: backbone for backbone in [Backbone("TWIN", TwinBlock, longctr_names=TwinBlock.LONGCTR_NAMES)]
 }
-METHODS: dict[str, Method] = {method.name: method for method in [Method("MoS", MoS, ThreePhaseCTR, has_losses=True)]}
+METHODS: dict[str, Method] = {method.name: method for method in [Method("MoS", MoS, ThreePhaseCTR)]}
 
 
 def configuration_keys(cls: type) -> dict[str, inspect.Parameter]:
@@ -87,7 +95,7 @@ def compose(backbone: Backbone, method: Method | None = None) -> type[Sequential
 
 def model_names() -> list[str]:
     """Names of all models."""
-    return [*BACKBONES, *(f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES)]
+    return [*BACKBONES, *(f"{method}_{name}" for method in METHODS for name, b in BACKBONES.items() if b.routable)]
 
 
 @cache
@@ -100,7 +108,7 @@ def get_model(name: str) -> type[SequentialCTR]:
     if name in BACKBONES:
         return compose(BACKBONES[name])
     method, _, backbone = name.partition("_")
-    if method in METHODS and backbone in BACKBONES:
+    if method in METHODS and backbone in BACKBONES and BACKBONES[backbone].routable:
         return compose(BACKBONES[backbone], METHODS[method])
     near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or model_names()
     raise KeyError(f"no model '{name}'; nearest: {', '.join(near)}")
@@ -119,11 +127,11 @@ def register_method(method: Method) -> None:
 
 
 def model_keys(name: str) -> dict[str, inspect.Parameter]:
-    """Every configuration key of a model: its base's, its block's and its method's."""
+    """Every configuration key of a model: its base's, its block's, its head's and its method's."""
     model = get_model(name)
     keys: dict[str, inspect.Parameter] = {}
     sources: list[type] = [cls for cls in model.__mro__ if "__init__" in vars(cls) and issubclass(cls, SequentialCTR)]
-    sources += [model.backbone.block] + ([model.method.layer] if model.method else [])
+    sources += [model.backbone.block, model.backbone.head] + ([model.method.layer] if model.method else [])
     for source in sources:
         for key, parameter in configuration_keys(source).items():
             keys.setdefault(key, parameter)

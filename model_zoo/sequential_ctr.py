@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.batch import AnyBatch, Batch, ItemFeatures
-from model_zoo.compat import FeatureEmbedding, FeatureMap, MLP_Block
+from model_zoo.compat import FeatureEmbedding, FeatureMap
 from model_zoo.errors import ConfigError, DataError
+from model_zoo.layers.blocks import call_block
+from model_zoo.layers.heads import HeadInputs, HeadShape, Loss
 from model_zoo.layers.pretrained import PretrainedVectors
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.sequence import Sequence, distinct_items
@@ -27,10 +29,10 @@ Pretrained = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class SequentialCTR(TrainingLoop):
-    """A FuxiCTR model ``MLP([context ; target ; block(target, history)])`` over any sequence block.
+    """A FuxiCTR model ``head(context, target, block(target, history))`` over any sequence block.
 
     Subclasses are made by ``registry.compose``, which sets ``backbone`` and ``method``; their configuration keys are this
-    constructor's, the backbone's and the method's keyword-only parameters.
+    constructor's, the block's, the head's and the method's keyword-only parameters.
 
     Args:
         feature_map: FuxiCTR's; features with ``source: item`` describe items.
@@ -39,10 +41,6 @@ class SequentialCTR(TrainingLoop):
         item_features: the item table; needed for batches of item indices, not for LongCTR's tuples.
         pretrained: feature name to ``(vectors [V, p], known [V])`` for features with ``pretrained_emb``.
         embedding_dim: width of one feature's embedding.
-        dnn_hidden_units: widths of the head's hidden layers.
-        dnn_activations: their activation.
-        net_dropout: the head's dropout.
-        batch_norm: batch normalisation in the head.
         learning_rate: of the optimizer.
         accumulation_steps: batches per optimizer step.
         embedding_regularizer: L2 strength, or FuxiCTR's ``l1(x)``, ``l2(x)``, ``l1_l2(x,y)``.
@@ -65,10 +63,6 @@ class SequentialCTR(TrainingLoop):
         pretrained: Pretrained | None = None,
         *,
         embedding_dim: int = 10,
-        dnn_hidden_units: list[int] | None = None,
-        dnn_activations: str | list[str] = "ReLU",
-        net_dropout: float | list[float] = 0.0,
-        batch_norm: bool = False,
         learning_rate: float = 1e-3,
         accumulation_steps: int = 1,
         embedding_regularizer: float | str | None = None,
@@ -98,15 +92,16 @@ class SequentialCTR(TrainingLoop):
         self.item_dim = sum(self._width(feature_map.features[name], embedding_dim) for name in self.item_names)
         self.embedding_layer = build_embedding(feature_map, embedding_dim, pretrained or {})
         self.block = self._build_block({**params, "longctr_compat": longctr_compat}, block_scope)
-        self.dnn = MLP_Block(
-            input_dim=feature_map.sum_emb_out_dim() + self.block.out_dim,
-            output_dim=1,
-            hidden_units=list(dnn_hidden_units if dnn_hidden_units is not None else [512, 128, 64]),
-            hidden_activations=dnn_activations,
+        shape = HeadShape(
+            context_dim=feature_map.sum_emb_out_dim() - self.item_dim,
+            item_dim=self.item_dim,
+            interest_dim=int(self.block.out_dim),  # type: ignore[arg-type]
+            feature_map=feature_map,
+            embedding_dim=embedding_dim,
             output_activation=self.output_activation,
-            dropout_rates=net_dropout,
-            batch_norm=batch_norm,
+            longctr_compat=longctr_compat,
         )
+        self.head = self.backbone.make_head(shape, params)
         self.item_features = item_features
         self.compile(optimizer, loss, learning_rate)
         self.reset_parameters()
@@ -134,18 +129,14 @@ class SequentialCTR(TrainingLoop):
             inputs: a `Batch` of item indices, or LongCTR's ``(batch_dict, item_dict, mask)``.
 
         Returns:
-            ``y_pred`` ``[B, 1]`` and ``losses``, the block's weighted auxiliary loss terms.
+            ``y_pred`` ``[B, 1]`` and ``losses``, the weighted auxiliary losses of block and head.
         """
         context, target, sequence = self._read(inputs)
-        losses: list[Tensor] = []
-        if self.method is not None and self.method.has_losses:
-            interest = self.block(target, sequence, losses)
-        else:
-            interest = self.block(target, sequence)
-        parts = [target, interest]
-        if context:
-            parts.insert(0, self.embedding_layer(context, flatten_emb=True))
-        return {"y_pred": self.dnn(torch.cat(parts, dim=-1)), "losses": losses}
+        losses: list[Loss] = []
+        interest = call_block(self.block, target, sequence, losses)
+        embedded = self.embedding_layer(context, flatten_emb=True) if context else None
+        logits = self.head(HeadInputs(embedded, target, interest, context, losses))
+        return {"y_pred": self.output_activation(logits), "losses": losses}
 
     def _read(self, inputs: AnyBatch) -> tuple[dict[str, Tensor], Tensor, Sequence]:
         """Context columns, target vectors ``[B, d]`` and the history, each distinct item embedded once."""
@@ -230,21 +221,22 @@ class SequentialCTR(TrainingLoop):
         self.to(self.device)
 
     def from_longctr(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``state`` under our names: LongCTR keeps the block's parameters at the top level."""
-        if any(name.startswith("block.") for name in state):
+        """``state`` under our names: LongCTR keeps the parameters of block and head at the top level."""
+        own = self.state_dict()
+        if any(name.startswith("block.") for name in state) or all(name in own for name in state):
             return state
         renamed = {}
         for name, value in state.items():
-            if not name.startswith(("embedding_layer.", "dnn.")):
-                for theirs, ours in self.backbone.longctr_names.items():
-                    name = name.replace(theirs, ours)
-                name = f"block.{name}"
+            for theirs, ours in self.backbone.longctr_names.items():
+                name = name.replace(theirs, ours)
+            if not name.startswith("embedding_layer."):
+                name = f"head.{name}" if f"head.{name}" in own else f"block.{name}"
             renamed[name] = value
         return renamed
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part: embedding, block, head; and those in experts and routers."""
-        parts = {"embedding": self.embedding_layer, "block": self.block, "head": self.dnn}
+        parts = {"embedding": self.embedding_layer, "block": self.block, "head": self.head}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         beside = {id(p): p.numel() for expert in self.expert_modules() for p in expert.parameters()}
         return {**counts, "total": sum(counts.values()), "experts": sum(beside.values())}

@@ -78,7 +78,7 @@ class TrainingLoop(BaseModel):
         """Task loss, the block's auxiliary terms and the regulariser."""
         loss = self.add_loss(return_dict, y_true) + self.regularization_loss()
         for term in return_dict["losses"]:
-            loss = loss + term
+            loss = loss + (term(y_true) if callable(term) else term)
         return loss
 
     def regularization_loss(self) -> Tensor | float:

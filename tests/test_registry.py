@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import model_zoo
 from model_zoo import registry
+from model_zoo.layers.heads import MLPHead
 from model_zoo.layers.mos import MoS
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.sequence import Sequence
@@ -124,6 +125,7 @@ def test_model_keys_are_all_constructor_keys_and_no_others(own_models: None) -> 
         return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     base, block = keyword_only(SequentialCTR), keyword_only(registry.BACKBONES["TWIN"].block)
+    base |= keyword_only(MLPHead)
     assert set(model_keys("TWIN")) == base | block
     assert set(model_keys("MoS_TWIN")) == base | block | keyword_only(MoS) | keyword_only(ThreePhaseCTR)
     assert set(model_keys("Doubled_Mean")) == base | {"width", "scale", "second_weight"}

@@ -275,7 +275,7 @@ def test_initialisation_is_a_function_of_the_seed_and_does_not_depend_on_the_exp
     again = small_model("TWIN", seed=3).state_dict()
     other = small_model("TWIN", seed=4).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in twin.items())
-    assert not torch.equal(twin["dnn.mlp.0.weight"], other["dnn.mlp.0.weight"])
+    assert not torch.equal(twin["head.dnn.mlp.0.weight"], other["head.dnn.mlp.0.weight"])
     for experts in (1, 3):
         mos = small_model("MoS_TWIN", seed=3, n_item_experts=experts, topk_item=1).state_dict()
         for key, value in twin.items():

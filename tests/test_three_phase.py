@@ -37,7 +37,7 @@ def group_of(name: str) -> str:
         return "fusion"
     if "running_" in name or name.endswith("num_batches_tracked"):
         return "batch norm statistics"
-    return {"embedding_layer": "embedding", "dnn": "head"}.get(name.split(".")[0], "global expert")
+    return {"embedding_layer": "embedding", "head": "head"}.get(name.split(".")[0], "global expert")
 
 
 def moved(end: State, start: State) -> dict[str, set[bool]]:

@@ -392,7 +392,7 @@ def test_what_counts_as_embedding_differs_between_fuxictr_versions(compat: bool)
 
 def test_frozen_parameters_are_not_regularised() -> None:
     model = small_model("TWIN", net_regularizer=1.0)
-    wanted = norms(model, lambda name: name.startswith("dnn."))[1] / 2
+    wanted = norms(model, lambda name: name.startswith("head."))[1] / 2
     model.block.requires_grad_(False)
     model.embedding_layer.requires_grad_(False)
     assert regulariser(model) == pytest.approx(wanted, rel=1e-5)
@@ -413,6 +413,6 @@ def test_longctr_compat_clips_logloss_as_fuxictr_2_3_2_does(tmp_path: Path) -> N
 def test_a_diverged_training_stops_with_a_sentence(tmp_path: Path) -> None:
     model = small_model("TWIN", tmp_path)
     with torch.no_grad():
-        model.dnn.mlp[0].weight.fill_(torch.nan)
+        model.head.dnn.mlp[0].weight.fill_(torch.nan)
     with pytest.raises(ConfigError, match=r"train epoch 1, batch 1: a prediction is not a finite number.*learning_rate"):
         model.fit(tiny_loader("train", batch_size=8), epochs=1, validation_data=tiny_loader("train", batch_size=8))

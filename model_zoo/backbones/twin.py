@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model_zoo.errors import ConfigError
 from model_zoo.layers.attend_items import AttendPlan, run_planned
+from model_zoo.layers.blocks import call_block
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.target_attention import TargetAttention
 
@@ -75,13 +76,14 @@ class TwinBlock(nn.Module):
 
         self.long_attention = wrap_long(long_branch) if wrap_long else long_branch()
         self.out_dim = item_dim + int(self.long_attention.out_dim)  # type: ignore[arg-type]
+        self.has_losses = bool(getattr(self.long_attention, "has_losses", False))
 
     def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
         """``[B, 2d]`` interest of each row towards its target ``query [B, d]``; a wrapped long branch gets ``losses``."""
         if isinstance(self.long_attention, TargetAttention):
             return run_planned([self], [query], [sequence])[0]
         short = self.short_attention(query, self._short(sequence))
-        long = self.long_attention(query, sequence, *(() if losses is None else (losses,)))
+        long = call_block(self.long_attention, query, sequence, losses)
         return torch.cat([short, long], dim=-1)
 
     def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:

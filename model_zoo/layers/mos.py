@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from model_zoo.layers.blocks import call_block
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.routed_experts import RoutedExperts
 from model_zoo.layers.routers import GateNorm, ThemeRouter
@@ -65,6 +66,8 @@ class MoS(nn.Module):
 
     Source: MoS: Mixture of Sequence (WWW 2026), sections on routing, multi-scale fusion and training.
     """
+
+    has_losses = True
 
     def __init__(
         self,
@@ -215,7 +218,7 @@ class MoS(nn.Module):
         base = max(1.0 - (self.alpha_item + self.alpha_window), 0.0)
         base = 0.0 if base < 1e-9 else base
         if base == 1.0:
-            return self.global_expert(query, sequence)
+            return call_block(self.global_expert, query, sequence, losses)
         branches: list[tuple[Tensor, Tensor]] = []  # (weight [B, 1], answer [B, out])
         if self.alpha_item > 0:
             assert self.item_experts is not None and self.item_router is not None
@@ -230,7 +233,7 @@ class MoS(nn.Module):
             )
         routed = sum((weight for weight, _ in branches), query.new_zeros(query.shape[0], 1))
         global_weight = base + (self.alpha_item + self.alpha_window - routed).clamp(min=0)
-        output = self._global(query, sequence, base, global_weight)
+        output = self._global(query, sequence, base, global_weight, losses)
         if losses is not None and self.align_weight and self.training:
             with torch.no_grad():
                 goal = self.global_expert(query, sequence)
@@ -267,10 +270,12 @@ class MoS(nn.Module):
         routing = router(inputs, gating, update_codebook=self.update_codebooks and self.training)
         return weight, experts(query, tokens, routing, present)
 
-    def _global(self, query: Tensor, sequence: Sequence, base: float, weight: Tensor) -> Tensor:
+    def _global(
+        self, query: Tensor, sequence: Sequence, base: float, weight: Tensor, losses: list[Tensor] | None
+    ) -> Tensor:
         """``weight * y_G``; with no weight on the global expert it runs only for rows that have nothing else."""
         if base > 0:
-            return weight * self.global_expert(query, sequence)
+            return weight * call_block(self.global_expert, query, sequence, losses)
         rows = (weight.squeeze(1) > 1e-9).nonzero().squeeze(1)
         output = query.new_zeros(query.shape[0], self.out_dim)
         if rows.numel():
