@@ -36,7 +36,7 @@ def _defer_package(name: str) -> None:
 _defer_package("fuxictr.preprocess")
 
 from fuxictr.features import FeatureMap  # noqa: E402
-from fuxictr.pytorch.layers import FeatureEmbedding, FeatureEmbeddingDict, MLP_Block  # noqa: E402
+from fuxictr.pytorch.layers import CrossNetMix, CrossNetV2, FeatureEmbedding, FeatureEmbeddingDict, MLP_Block  # noqa: E402
 from fuxictr.pytorch.models import BaseModel  # noqa: E402
 from fuxictr.pytorch.torch_utils import get_activation, get_loss, get_optimizer, get_regularizer, seed_everything  # noqa: E402
 from fuxictr.utils import Monitor  # noqa: E402
@@ -46,6 +46,8 @@ FUXICTR_VERSION = version("fuxictr")
 __all__ = [
     "FUXICTR_VERSION",
     "BaseModel",
+    "CrossNetMix",
+    "CrossNetV2",
     "FeatureEmbedding",
     "FeatureEmbeddingDict",
     "FeatureMap",

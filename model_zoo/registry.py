@@ -11,9 +11,26 @@ from typing import Any
 
 from torch import nn
 
+from model_zoo.backbones.atten_mixer import AttenMixerBlock
+from model_zoo.backbones.dien import DIENBlock
+from model_zoo.backbones.din import DINBlock
+from model_zoo.backbones.eta import ETABlock
+from model_zoo.backbones.gru4rec import GRU4RecBlock
+from model_zoo.backbones.mamba4rec import Mamba4RecBlock
+from model_zoo.backbones.mean_pool import MeanPoolBlock
+from model_zoo.backbones.miasrec import MiasRecBlock
+from model_zoo.backbones.mirrn import MIRRNBlock
+from model_zoo.backbones.sasrec import SASRecBlock
+from model_zoo.backbones.sdim import SDIMBlock
+from model_zoo.backbones.sim import SIMBlock
+from model_zoo.backbones.transact import TransActBlock
 from model_zoo.backbones.twin import TwinBlock
+from model_zoo.layers.cross_head import DCNv2Head, TransActHead
+from model_zoo.layers.finalmlp_head import FinalMLPHead
 from model_zoo.layers.heads import HeadShape, MLPHead, ScoreHead
 from model_zoo.layers.mos import MoS
+from model_zoo.layers.shared_expert_moe import DSelectK, ExpertChoice, GShard
+from model_zoo.layers.sim_head import SIMHead
 from model_zoo.sequential_ctr import SequentialCTR
 from model_zoo.three_phase import ThreePhaseCTR
 
@@ -43,6 +60,8 @@ class Backbone:
         own = {key: params[key] for key in configuration_keys(self.block) if key in params}
 
         def make(wrap_long: Callable[[BlockFactory], nn.Module] | None = None) -> nn.Module:
+            if wrap_long is not None and "wrap_long" not in inspect.signature(self.block).parameters:
+                raise ValueError(f"block_scope: long: {self.name} has no long branch apart from the rest; set full")
             return self.block(item_dim, **own) if wrap_long is None else self.block(item_dim, wrap_long, **own)
 
         return make
@@ -74,10 +93,36 @@ class Method:
         return self.layer(make, item_dim, **own)
 
 
+_HASHED = {"random_rotations": "lsh.random_rotations"}
 BACKBONES: dict[str, Backbone] = {
-    backbone.name: backbone for backbone in [Backbone("TWIN", TwinBlock, longctr_names=TwinBlock.LONGCTR_NAMES)]
+    backbone.name: backbone
+    for backbone in [
+        Backbone("TWIN", TwinBlock, longctr_names=TwinBlock.LONGCTR_NAMES),
+        Backbone("SDIM", SDIMBlock, longctr_names={"random_rotations": "long.lsh.random_rotations"}),
+        Backbone("ETA", ETABlock, longctr_names=_HASHED),
+        Backbone("MIRRN", MIRRNBlock, longctr_names=_HASHED),
+        Backbone("SIM", SIMBlock, SIMHead),
+        Backbone("TransAct", TransActBlock, TransActHead, longctr_names=TransActBlock.LONGCTR_NAMES),
+        Backbone("DIN", DINBlock, longctr_names=DINBlock.LONGCTR_NAMES),
+        Backbone("DIEN", DIENBlock, longctr_names=DIENBlock.LONGCTR_NAMES),
+        Backbone("Mamba4Rec", Mamba4RecBlock),
+        Backbone("SASRec", SASRecBlock),
+        Backbone("GRU4Rec", GRU4RecBlock),
+        Backbone("AttenMixer", AttenMixerBlock),
+        Backbone("MiasRec", MiasRecBlock),
+        Backbone("DCNv2", MeanPoolBlock, DCNv2Head, routable=False),
+        Backbone("FinalMLP", MeanPoolBlock, FinalMLPHead, routable=False),
+    ]
 }
-METHODS: dict[str, Method] = {method.name: method for method in [Method("MoS", MoS, ThreePhaseCTR)]}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in [
+        Method("MoS", MoS, ThreePhaseCTR),
+        Method("GShard", GShard),
+        Method("DSelectK", DSelectK),
+        Method("ExpertChoice", ExpertChoice),
+    ]
+}
 
 
 def configuration_keys(cls: type) -> dict[str, inspect.Parameter]:

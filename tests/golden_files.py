@@ -15,7 +15,7 @@ from model_zoo.compat import FeatureMap, seed_everything
 from model_zoo.pipeline.dataset import CTRDataset, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
 from model_zoo.pipeline.loader import SequenceLoader
-from model_zoo.registry import get_model
+from model_zoo.registry import get_model, model_keys
 
 # models this small lose far more to the hand-over between threads than they gain, above all on a busy machine
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ CONTEXT_COLUMNS: list[dict[str, Any]] = [
     {"name": "user_id", "type": "categorical", "vocab_size": 42},
     {"name": "tags", "type": "sequence", "vocab_size": 6, "max_len": 3},
 ]
-#: a model that trains in milliseconds; the experts' keys are added by `small_model`
+#: a model that trains in milliseconds: of these, a model gets the keys that it has
 SMALL: dict[str, Any] = {
     "embedding_dim": 8,
     "attention_dim": 8,
@@ -37,11 +37,7 @@ SMALL: dict[str, Any] = {
     "dnn_hidden_units": [12, 6],
     "batch_norm": True,
     "learning_rate": 1e-2,
-    "metrics": ["AUC", "logloss"],
-    "monitor": "AUC",
-    "early_stop_patience": 5,
-}
-SMALL_MOS: dict[str, Any] = {
+    # MoS and its rivals
     "n_item_experts": 3,
     "n_window_experts": 2,
     "topk_item": 2,
@@ -50,7 +46,31 @@ SMALL_MOS: dict[str, Any] = {
     "window_size": 4,
     "window_stride": 2,
     "ema_decay": 0.9,
+    "n_experts": 3,
+    # other backbones and heads
+    "hash_bits": 3,
+    "num_hashes": 4,
+    "max_len": 40,
+    "dim_feedforward": 8,
+    "first_k_cols": 2,
+    "dcn_hidden_units": [12, 6],
+    "dcn_cross_layers": 2,
+    "attention_hidden_units": [6],
+    "enable_sum_pooling": True,
+    "hidden_dim": 8,
+    "d_state": 4,
+    "num_layers": 2,
+    "inner_dim": 8,
+    "max_positions": 24,
+    "last_k": 3,
+    "parallel_dnn_hidden_units": [12, 6],
+    "stacked_dnn_hidden_units": [12, 6],
+    "num_cross_layers": 2,
+    "mlp1_hidden_units": [8],
+    "mlp2_hidden_units": [8],
+    "fs_hidden_units": [4],
 }
+SMALL_RUN: dict[str, Any] = {"metrics": ["AUC", "logloss"], "monitor": "AUC", "early_stop_patience": 5}
 
 
 def feature_map_of(text: str | dict[str, Any], group_id: str = "user_index") -> FeatureMap:
@@ -71,6 +91,7 @@ class Golden:
         self.name = name
         self.arrays: Mapping[str, np.ndarray] = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
         self.hparams: dict[str, Any] = json.loads(str(self.arrays["hparams"]))
+        self.meta: dict[str, Any] = json.loads(str(self.arrays["meta"]))
         self.feature_map = feature_map_of(str(self.arrays["feature_map"]))
 
     def tensor(self, name: str) -> Tensor:
@@ -86,11 +107,34 @@ class Golden:
         return self.group("batch"), self.group("item"), self.tensor("mask")
 
     def model(self, **overrides: Any) -> Any:
-        """The recorded model with the recorded weights, under ``longctr_compat`` unless overridden."""
+        """The recorded model with the recorded weights, under ``longctr_compat`` unless overridden, without dropout."""
         params = {**self.hparams, "longctr_compat": True, **overrides}
-        model = get_model(self.name.split("_")[0])(self.feature_map, **params)
+        model = get_model(self.meta["model"])(self.feature_map, **params)
         model.load_state_dict(model.from_longctr(self.group("state")))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
         return model
+
+    def evaluation(self, model: Any) -> Any:
+        """``model`` ready to predict as recorded: draws of the forward that follows are LongCTR's."""
+        torch.manual_seed(self.meta["eval_seed"])
+        return model.eval()
+
+    def training(self, model: Any) -> Any:
+        """``model`` ready for a training forward as recorded."""
+        torch.manual_seed(self.meta["train_seed"])
+        return model.train()
+
+
+#: single precision, sums of at most 1,000 terms in another order: 1e-5 of the largest entry
+RELATIVE = 1e-5
+
+
+def close(found: Tensor, wanted: Tensor, name: str, noise: float = 0.0) -> None:
+    """Largest difference within `RELATIVE` of the largest entry, and ``noise``: single entries may be sums that cancel."""
+    assert found.shape == wanted.shape, name
+    assert float((found - wanted).abs().max()) <= RELATIVE * float(wanted.abs().max()) + noise, name
 
 
 @cache
@@ -136,8 +180,9 @@ def small_model(
     """A small model on the tiny data set; its checkpoints go to ``folder``."""
     seed_everything(seed)
     data = dataset or tiny_dataset()
-    defaults = {**SMALL, **(SMALL_MOS if name.startswith("MoS_") else {}), "model_id": name}
-    model = get_model(name)(data.feature_map, item_features=data.item_features(), **{**defaults, **overrides})
+    own = {key: SMALL[key] for key in model_keys(name) if key in SMALL}
+    params = {**SMALL_RUN, **own, "model_id": name, **overrides}
+    model = get_model(name)(data.feature_map, item_features=data.item_features(), **params)
     if folder is not None:
         model.place_checkpoints(str(folder))
     return model

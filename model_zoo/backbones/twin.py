@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from model_zoo.errors import ConfigError
 from model_zoo.layers.attend_items import AttendPlan, run_planned
 from model_zoo.layers.blocks import call_block
+from model_zoo.layers.fused_attention import BranchRead
 from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.short_window import short_window
 from model_zoo.layers.target_attention import TargetAttention
 
 
@@ -81,13 +83,27 @@ class TwinBlock(nn.Module):
     def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
         """``[B, 2d]`` interest of each row towards its target ``query [B, d]``; a wrapped long branch gets ``losses``."""
         if isinstance(self.long_attention, TargetAttention):
-            return run_planned([self], [query], [sequence])[0]
+            return run_planned(self, query, sequence)
         short = self.short_attention(query, self._short(sequence))
         long = call_block(self.long_attention, query, sequence, losses)
         return torch.cat([short, long], dim=-1)
 
+    @property
+    def attends(self) -> bool:
+        """Whether attention is all that the block does with the history (a wrapped long branch may do more)."""
+        return isinstance(self.long_attention, TargetAttention) and not self.longctr_compat
+
+    def reads(self) -> list[BranchRead]:
+        """The newest items for the short branch, the best-scored ones for the long branch."""
+        short, long = self.short_attention.reads()[0], self.long_attention.reads()[0]  # type: ignore[operator]
+        return [replace(short, newest=self.short_seq_len - 1), long]
+
+    def absorb(self, query: Tensor) -> Tensor:
+        """Both branches' queries in the item space, ``[B, 2h, d]``."""
+        return torch.cat([self.short_attention.absorb(query), self.long_attention.absorb(query)], 1)  # type: ignore[operator]
+
     def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
-        """Both branches' attention (for a long branch that is plain attention)."""
+        """Both branches' attention."""
         short = self.short_attention.plan(query, self._short(sequence))
         long = self.long_attention.plan(query, sequence)  # type: ignore[operator]
         return short + long if short and long else None
@@ -99,14 +115,4 @@ class TwinBlock(nn.Module):
         return torch.cat([b.finish(query, part) for b, part in zip(branches, parts, strict=True)], dim=-1)  # type: ignore[operator]
 
     def _short(self, sequence: Sequence) -> Sequence:
-        return self._longctr_window(sequence) if self.longctr_compat else sequence.last(self.short_seq_len - 1)
-
-    def _longctr_window(self, sequence: Sequence) -> Sequence:
-        """LongCTR's slices ``[-S:-1]`` of L+1 item columns and of L mask columns: the mask lags the items by one."""
-        size, length = self.short_seq_len, sequence.index.shape[1]
-        if length < size:
-            raise ConfigError(
-                f"longctr_compat: LongCTR cannot run a batch padded to {length} items when short_seq_len is {size}; "
-                "set longctr_compat: False, or a smaller short_seq_len"
-            )
-        return Sequence(sequence.items, sequence.index[:, 1 - size :], sequence.mask[:, -size:-1])
+        return short_window(sequence, self.short_seq_len, self.longctr_compat)

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--gpu", type=int, default=-1, help="CUDA device index, -1 = CPU (default)")
     options.add_argument("--seed", type=int, help="instead of the config's seed")
     options.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key; repeatable")
+    options.add_argument("--load", metavar="FILE", action="append", default=[], help="Python file that registers models")
     options.add_argument("--dry-run", action="store_true", help="show merged config, sizes and parameters; no training")
     return options
 
@@ -43,8 +44,13 @@ def main(root: str, arguments: list[str] | None = None) -> int:
 def _main(root: str, options: argparse.Namespace) -> int:
     from model_zoo.experiment.config import load_config
 
-    config_dir = options.config or os.path.join(root, "config")
-    config = load_config(config_dir, options.expid, options.set)
+    for path in options.load:
+        from model_zoo.experiment.plugins import load_plugin
+
+        load_plugin(path)
+    own_config = os.path.join(root, "config")
+    config_dir = options.config or own_config
+    config = load_config(config_dir, options.expid, options.set, own_config)
     config.set("model_id", config.expid, "--expid")
     config.set("gpu", options.gpu, "--gpu")
     if options.seed is not None:

@@ -50,12 +50,15 @@ class Section:
     lines: dict[str, int]
 
 
-def load_config(config_dir: str, expid: str, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    config_dir: str, expid: str, overrides: Iterable[str] = (), datasets_dir: str | None = None
+) -> Config:
     """Merge ``Base``, the experiment, its data set and the overrides, later ones winning.
 
     Args:
         config_dir: holds ``model_config.yaml`` or ``model_config/*.yaml``, and ``dataset_config`` alike.
         overrides: ``key=value`` with a yaml value.
+        datasets_dir: where data sets are described if ``config_dir`` describes none, as LongCTR's folders of one model.
 
     Raises:
         ConfigError: no such directory, expid or data set (with the nearest names), broken yaml, malformed override.
@@ -72,8 +75,9 @@ def load_config(config_dir: str, expid: str, overrides: Iterable[str] = ()) -> C
     dataset_id = given.get("dataset_id", config.values.get("dataset_id"))
     if not isinstance(dataset_id, str):
         raise ConfigError(f"{section.path}: {expid} has no dataset_id; add `dataset_id: <name in dataset_config>`")
-    datasets = read_sections(config_dir, "dataset_config")
-    config.update(_find(dataset_id, datasets, "dataset_id", config_dir))
+    described = config_dir if datasets_dir is None or _files(config_dir, "dataset_config") else datasets_dir
+    datasets = read_sections(described, "dataset_config")
+    config.update(_find(dataset_id, datasets, "dataset_id", described))
     for key, value in given.items():
         config.set(key, value, "--set")
     config.set("dataset_id", dataset_id, config.origin.get("dataset_id", section.path))
@@ -106,8 +110,7 @@ def read_sections(config_dir: str, kind: str) -> list[tuple[str, Section]]:
     Raises:
         ConfigError: no such file, broken yaml, a key or name given twice.
     """
-    single = os.path.join(config_dir, f"{kind}.yaml")
-    paths = [single] if os.path.exists(single) else sorted(glob(os.path.join(config_dir, kind, "*.yaml")))
+    paths = _files(config_dir, kind)
     if not paths:
         raise ConfigError(f"{config_dir}: holds neither {kind}.yaml nor {kind}/*.yaml; give its folder with --config")
     sections: list[tuple[str, Section]] = []
@@ -119,6 +122,11 @@ def read_sections(config_dir: str, kind: str) -> list[tuple[str, Section]]:
             seen[name] = path
             sections.append((name, section))
     return sections
+
+
+def _files(config_dir: str, kind: str) -> list[str]:
+    single = os.path.join(config_dir, f"{kind}.yaml")
+    return [single] if os.path.exists(single) else sorted(glob(os.path.join(config_dir, kind, "*.yaml")))
 
 
 def _read_file(path: str) -> list[tuple[str, Section]]:

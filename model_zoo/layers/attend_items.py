@@ -63,6 +63,8 @@ class _AttendItems(torch.autograd.Function):
 def gathered(items: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Groups of rows of ``index [R, K]`` with their item vectors ``[r, K, d]``, which the next group overwrites.
 
+    Autocast is off while a group is worked on: results are written into tensors of the items' type.
+
     A group's vectors fit in a core's cache (on a GPU groups are larger): they are read from the table, used and dropped
     without a trip through memory, and no group allocates.
     """
@@ -73,7 +75,8 @@ def gathered(items: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, index.shape[0], size):
         flat = index[start : start + size].reshape(-1)
         vectors = torch.index_select(items, 0, flat, out=buffer[: len(flat)])
-        yield slice(start, start + size), vectors.view(-1, columns, dim)
+        with torch.autocast(items.device.type, enabled=False):
+            yield slice(start, start + size), vectors.view(min(size, index.shape[0] - start), columns, dim)
 
 
 def attend_items(
@@ -111,10 +114,7 @@ class AttendPlan:
 
 
 class PlannedBlock(Protocol):
-    """A block whose only work on item rows is attention: ``forward`` is plan, attend, finish.
-
-    Blocks over one item table can then share one gather and one scatter (`run_planned`).
-    """
+    """A block whose only work on item rows is attention: ``forward`` is plan, attend, finish."""
 
     def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
         """What to attend to; None if the rows hold nothing."""
@@ -123,18 +123,10 @@ class PlannedBlock(Protocol):
         """The block's answer from the results of its plans."""
 
 
-def run_planned(blocks: ListOf[PlannedBlock], queries: ListOf[Tensor], sequences: ListOf[Sequence]) -> list[Tensor]:
-    """Each block's answer for its own rows, all attention over the shared item table done together.
-
-    Args:
-        blocks: with queries ``[R_i, d]`` and sequences over one and the same ``items``.
-    """
-    plans = [block.plan(query, sequence) for block, query, sequence in zip(blocks, queries, sequences, strict=True)]
-    pooled = iter(attend_plans([plan for group in plans if group for plan in group], sequences[0].items))
-    return [
-        block.finish(query, [next(pooled) for _ in group] if group else None)
-        for block, query, group in zip(blocks, queries, plans, strict=True)
-    ]
+def run_planned(block: PlannedBlock, query: Tensor, sequence: Sequence) -> Tensor:
+    """The block's answer, its attention over the items done together."""
+    plans = block.plan(query, sequence)
+    return block.finish(query, attend_plans(plans, sequence.items) if plans else None)
 
 
 def attend_plans(plans: ListOf[AttendPlan], items: Tensor) -> list[Tensor]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from model_zoo.layers.blocks import call_block
 from model_zoo.layers.random_state import isolated_rng
-from model_zoo.layers.routed_experts import RoutedExperts
-from model_zoo.layers.routers import GateNorm, ThemeRouter
-from model_zoo.layers.sequence import Sequence, WindowAlign, WindowDivisor
+from model_zoo.layers.routed_experts import RoutedExperts, RoutedTokens, fusable, run_experts, run_fused
+from model_zoo.layers.routers import GateNorm, Routing, ThemeRouter
+from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.theme_codebook import EmaMode, ThemeCodebook
+from model_zoo.layers.windows import WindowAlign, WindowDivisor, Windows
 
 
 class MoS(nn.Module):
@@ -196,15 +197,18 @@ class MoS(nn.Module):
         """Put the checkpoint's fusion weights in force."""
         self.alpha_item, self.alpha_window = (float(value) for value in state)
 
-    def window_tokens(self, sequence: Sequence) -> Sequence:
-        """Window means in time order (size w, stride s)."""
-        windows = sequence.windows(self.window_size, self.window_stride, self.window_align, self.window_divide_by)
-        if self.short_history == "skip":
-            long_enough = (sequence.lengths >= self.window_size).unsqueeze(1)
-            windows = Sequence(windows.items, windows.index, windows.mask & long_enough)
-        return windows
+    def windows(self, sequence: Sequence) -> Windows:
+        """The sliding windows that the window experts read."""
+        shortest = self.window_size if self.short_history == "skip" else 0
+        return Windows(
+            sequence, self.window_size, self.window_stride, self.window_align, self.window_divide_by, shortest
+        )
 
-    def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
+    def window_tokens(self, sequence: Sequence) -> Sequence:
+        """Window means in time order, as tokens."""
+        return self.windows(sequence).sequence()
+
+    def forward(self, query: Tensor, sequence: Sequence, losses: list[Any] | None = None) -> Tensor:
         """Interest of each row towards its target.
 
         Args:
@@ -219,67 +223,70 @@ class MoS(nn.Module):
         base = 0.0 if base < 1e-9 else base
         if base == 1.0:
             return call_block(self.global_expert, query, sequence, losses)
-        branches: list[tuple[Tensor, Tensor]] = []  # (weight [B, 1], answer [B, out])
-        if self.alpha_item > 0:
-            assert self.item_experts is not None and self.item_router is not None
-            branches.append(
-                self._branch(self.alpha_item, self.item_experts, self.item_router, query, sequence, losses)
-            )
-        if self.alpha_window > 0:
-            assert self.window_experts is not None and self.window_router is not None
-            windows = self.window_tokens(sequence)
-            branches.append(
-                self._branch(self.alpha_window, self.window_experts, self.window_router, query, windows, losses)
-            )
-        routed = sum((weight for weight, _ in branches), query.new_zeros(query.shape[0], 1))
-        global_weight = base + (self.alpha_item + self.alpha_window - routed).clamp(min=0)
-        output = self._global(query, sequence, base, global_weight, losses)
+        whole = base > 0
+        routed: list[RoutedTokens] = []
+        weights: list[Tensor] = []  # [B, 1] each
+        for alpha, name in ((self.alpha_item, "item"), (self.alpha_window, "window")):
+            if alpha > 0:
+                branch = self._route(name, query, sequence, losses)
+                weights.append(alpha * branch.active.unsqueeze(1).to(query.dtype))
+                routed.append(branch)
+        served = torch.stack(weights).sum(0)
+        global_weight = base + (self.alpha_item + self.alpha_window - served).clamp(min=0)
+        blocks = [self.global_expert, *(block for branch in routed for block in branch.experts)]
+        if fusable(blocks, sequence, [branch.tokens for branch in routed]):
+            attending = self.global_expert if whole else None
+            overall, answers = run_fused(query, sequence, attending, routed)  # type: ignore[arg-type]
+        else:
+            overall = call_block(self.global_expert, query, sequence, losses) if whole else None
+            answers = [self._answer(branch, query) for branch in routed]
+        output = self._rest(query, sequence, global_weight, losses) if overall is None else global_weight * overall
         if losses is not None and self.align_weight and self.training:
             with torch.no_grad():
                 goal = self.global_expert(query, sequence)
-            for weight, answer in branches:
+            for weight, answer in zip(weights, answers, strict=True):
                 present = (weight > 0).to(answer.dtype)  # [B, 1]
                 gap = (answer - goal).square().mean(1, keepdim=True) * present
                 losses.append(self.align_weight * gap.sum() / present.sum().clamp(min=1))
-        for weight, answer in branches:
+        for weight, answer in zip(weights, answers, strict=True):
             output = output + weight * answer
         if self.empty_history == "zeros":
             output = output * (sequence.lengths > 0).unsqueeze(1)
         return output
 
-    def _branch(
-        self,
-        alpha: float,
-        experts: RoutedExperts,
-        router: ThemeRouter,
-        query: Tensor,
-        tokens: Sequence,
-        losses: list[Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """One branch's per-row weight ``[B, 1]`` (0 where the row has no token) and answer ``[B, out]``."""
-        present = tokens.mask.any(1)
-        weight = alpha * present.unsqueeze(1).to(query.dtype)
-        if tokens.index.shape[1] == 0 or not bool(present.any()):
-            return weight, query.new_zeros(query.shape[0], self.out_dim)
-        inputs = self.router_inputs(query, tokens)
+    def _route(self, name: str, query: Tensor, sequence: Sequence, losses: list[Any] | None) -> RoutedTokens:
+        """The ``item`` or ``window`` branch's tokens and their routing; rows without a token are not active."""
+        experts: RoutedExperts = getattr(self, f"{name}_experts")
+        router: ThemeRouter = getattr(self, f"{name}_router")
+        tokens: Sequence | Windows = sequence if name == "item" else self.windows(sequence)
+        if isinstance(tokens, Windows) and (tokens.align == "left" or self.router_input == "item_target"):
+            tokens = tokens.sequence()
+        active = tokens.mask.any(1)
+        if tokens.mask.shape[1] == 0 or not bool(active.any()):
+            count = len(experts.experts)
+            nobody = Routing(tokens.mask.new_zeros(*tokens.mask.shape, count), query.new_zeros(len(query), count))
+            return RoutedTokens(list(experts.experts), tokens, nobody, active)
+        inputs = tokens if isinstance(tokens, Windows) else self.router_inputs(query, tokens)
         gating = None
         if self.gate_source == "target":
             gating = torch.cat([query, query], -1) if self.router_input == "item_target" else query
         if losses is not None and self.commitment_weight and self.training:
-            losses.append(self.commitment_weight * router.commitment(inputs))
+            vectors = inputs.sequence() if isinstance(inputs, Windows) else inputs
+            losses.append(self.commitment_weight * router.commitment(vectors))
         routing = router(inputs, gating, update_codebook=self.update_codebooks and self.training)
-        return weight, experts(query, tokens, routing, present)
+        return RoutedTokens(list(experts.experts), tokens, routing, active)
 
-    def _global(
-        self, query: Tensor, sequence: Sequence, base: float, weight: Tensor, losses: list[Tensor] | None
-    ) -> Tensor:
-        """``weight * y_G``; with no weight on the global expert it runs only for rows that have nothing else."""
-        if base > 0:
-            return weight * call_block(self.global_expert, query, sequence, losses)
+    def _answer(self, branch: RoutedTokens, query: Tensor) -> Tensor:
+        """A branch's weighted expert answers ``[B, out]``, one expert at a time."""
+        tokens = branch.tokens.sequence() if isinstance(branch.tokens, Windows) else branch.tokens
+        return run_experts(branch.experts, query, tokens, branch.routing, branch.active)
+
+    def _rest(self, query: Tensor, sequence: Sequence, weight: Tensor, losses: list[Any] | None) -> Tensor:
+        """The global answer where it has no weight but for rows that have nothing else."""
         rows = (weight.squeeze(1) > 1e-9).nonzero().squeeze(1)
         output = query.new_zeros(query.shape[0], self.out_dim)
         if rows.numel():
-            answer = self.global_expert(query[rows], sequence.select(rows))
+            answer = call_block(self.global_expert, query[rows], sequence.select(rows), losses)
             output = output.index_add(0, rows, weight[rows] * answer)
         return output
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.theme_codebook import ThemeCodebook
+from model_zoo.layers.windows import Windows
 
 GateNorm = Literal["topk_softmax", "softmax_then_mask"]
 
@@ -19,18 +21,23 @@ class Routing:
     """A router's decision for one batch.
 
     Attributes:
-        experts: ``[B, T, k]`` int64 experts that read each token (meaningless where the sequence's mask is False).
-        chosen: ``[B, k]`` int64 experts whose answers count for the row.
-        gates: ``[B, k]`` their weights; rows that no expert serves have zeros.
+        members: ``[B, T, n]`` bool, the experts that read each token (meaningless where the sequence's mask is False).
+        gates: ``[B, n]`` weights of the experts' answers; an expert of weight 0 does not serve the row.
     """
 
-    experts: Tensor
-    chosen: Tensor
+    members: Tensor
     gates: Tensor
 
-    def reads(self, expert: int, rows: Tensor) -> Tensor:
-        """``[R, T]`` bool: the tokens of ``rows`` that ``expert`` reads (before masking padding)."""
-        return (self.experts[rows] == expert).any(-1)
+    def slots(self, active: Tensor) -> Tensor:
+        """``[B, S]`` int64 experts that serve each row, S the most of any row; -1 where a row has fewer.
+
+        Args:
+            active: ``[B]`` bool; the other rows have no expert.
+        """
+        serves = (self.gates != 0) & active.unsqueeze(1)
+        most = int(serves.sum(1).max()) if serves.numel() else 0
+        found, expert = serves.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        return torch.where(found[:, :most].bool(), expert[:, :most], -1)
 
 
 class ThemeRouter(nn.Module):
@@ -90,30 +97,47 @@ class ThemeRouter(nn.Module):
         with torch.autocast(inputs.device.type, enabled=False):
             return self.h(inputs.float() if inputs.dtype != torch.double else inputs)
 
+    def encode_tokens(self, tokens: Sequence | Windows) -> Tensor:
+        """h of every item row, or of every existing window, ``[U, D]``.
+
+        h's first layer is linear, so it is applied to the items and its results are averaged over the windows: exact.
+        """
+        if isinstance(tokens, Sequence):
+            return self.encode(tokens.items)
+        items = tokens.source.items
+        with torch.autocast(items.device.type, enabled=False):
+            first, *rest = list(self.h) if isinstance(self.h, nn.Sequential) else [self.h]
+            assert isinstance(first, nn.Linear)
+            hidden = tokens.means(F.linear(items if items.dtype == torch.double else items.float(), first.weight))
+            hidden = hidden if first.bias is None else hidden + first.bias
+            for layer in rest:
+                hidden = layer(hidden)
+            return hidden
+
     def forward(
-        self, tokens: Sequence, gating: Tensor | None = None, *, update_codebook: bool = False
+        self, tokens: Sequence | Windows, gating: Tensor | None = None, *, update_codebook: bool = False
     ) -> Routing:
         """Route.
 
         Args:
-            tokens: sequence of router inputs, T >= 1.
+            tokens: sequence of router inputs, T >= 1, or windows of which h reads the means.
             gating: ``[B, input_dim]`` inputs whose themes gate the experts; None = each row's newest token (eq. 6-7).
             update_codebook: apply eq. 4 with this batch's members after scoring.
         """
         with torch.no_grad():
-            hidden = self.encode(tokens.items)  # [U, D]
+            hidden = self.encode_tokens(tokens)  # [U, D]
             best = self.codebook.cosine(hidden).topk(self.topk, dim=-1).indices  # [U, k]
-        experts = best[tokens.index]  # [B, T, k]
-        if gating is None:
-            gating, chosen = tokens.last_vectors, experts[:, -1]
-        else:
-            with torch.no_grad():
+            table = torch.zeros(max(len(best), 1), self.codebook.num_themes, dtype=torch.bool, device=best.device)
+            members = table.scatter_(1, best, True)[tokens.index]  # [B, T, n]
+            if gating is None:
+                chosen = best[tokens.index[:, -1]] if len(best) else best.new_zeros(len(members), self.topk)
+            else:
                 chosen = self.codebook.cosine(self.encode(gating)).topk(self.topk, dim=-1).indices
-        gates = self._gates(gating, chosen)
+        gates = self._gates(tokens.last_vectors if gating is None else gating, chosen)
         if update_codebook:
-            members = best[:, :1] if self.ema_assign_top1 else best
-            self.codebook.ema_update(hidden, members, occurrences(tokens))
-        return Routing(experts, chosen, gates)
+            moving = best[:, :1] if self.ema_assign_top1 else best
+            self.codebook.ema_update(hidden, moving, occurrences(tokens))
+        return Routing(members, gates)
 
     def commitment(self, tokens: Sequence) -> Tensor:
         """VQ-VAE commitment term: mean over real tokens and their themes of ``|h(x) - sg(W_i)|^2``."""
@@ -124,15 +148,20 @@ class ThemeRouter(nn.Module):
         return (gap * weight).sum() / weight.sum().clamp(min=1)
 
     def _gates(self, gating: Tensor, chosen: Tensor) -> Tensor:
-        """Weights ``[B, k]`` of the chosen experts from the cosines of the gating inputs (eq. 2)."""
+        """Weights ``[B, n]`` of the experts from the cosines of the gating inputs (eq. 2), zero for those not chosen."""
+        weights = gating.new_zeros(len(chosen), self.codebook.num_themes)
         if self.topk == 1 and self.gate_norm == "topk_softmax":
-            return torch.ones(chosen.shape, dtype=gating.dtype, device=gating.device)
+            return weights.scatter(1, chosen, 1.0)
         scores = self.codebook.cosine(self.encode(gating)) / self.temperature  # [B, n]
         if self.gate_norm == "topk_softmax":
-            return scores.gather(1, chosen).softmax(-1).to(gating.dtype)
-        return scores.softmax(-1).gather(1, chosen).to(gating.dtype)
+            kept = scores.gather(1, chosen).softmax(-1)
+        else:
+            kept = scores.softmax(-1).gather(1, chosen)
+        return weights.scatter(1, chosen, kept.to(weights.dtype))
 
 
-def occurrences(tokens: Sequence) -> Tensor:
-    """``[U]`` how many real positions hold each row of ``tokens.items``."""
+def occurrences(tokens: Sequence | Windows) -> Tensor:
+    """``[U]`` how many real positions hold each item row; once each existing window."""
+    if isinstance(tokens, Windows):
+        return torch.ones(int(tokens.mask.sum()), dtype=torch.long, device=tokens.mask.device)
     return torch.bincount(tokens.index[tokens.mask], minlength=tokens.items.shape[0])

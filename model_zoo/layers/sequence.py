@@ -8,14 +8,10 @@ case of as many items as positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-WindowAlign = Literal["right", "left"]
-WindowDivisor = Literal["count", "size"]
 
 
 @dataclass(frozen=True)
@@ -90,50 +86,6 @@ class Sequence:
         """This sequence, or its compaction if padding stands anywhere but before the first real token of a row."""
         gaps = self.mask[:, :-1] & ~self.mask[:, 1:]
         return self.compact(self.mask) if bool(gaps.any()) else self
-
-    def windows(
-        self, size: int, stride: int, align: WindowAlign = "right", divide_by: WindowDivisor = "count"
-    ) -> Sequence:
-        """Sliding-window means of the item vectors, in time order, as a sequence of windows.
-
-        ``align="right"`` counts windows from the newest item: window j covers the items that are [j*stride, j*stride+size)
-        from the end, and exists if j = 0 and the row is not empty or if it adds at least one item to window j-1. So no
-        recent item is lost and a row's windows do not depend on the batch's padded length. ``align="left"`` is the literal
-        reading of the MoS paper's window definition (full windows only, from the oldest item).
-
-        Args:
-            size: items per window.
-            stride: items between the starts of neighbouring windows.
-            divide_by: ``"count"`` divides by the number of items in the window, ``"size"`` always by ``size``.
-        """
-        batch, length = self.index.shape
-        device = self.index.device
-        offset = torch.arange(size, device=device)
-        lengths = self.lengths.unsqueeze(1)  # [B, 1]
-        if align == "right":
-            reach = max(size, stride)  # items from the end that a window's predecessor covers or skips
-            count = 1 + max(-((reach - length) // stride), 0) if length else 0
-            from_end = torch.arange(count - 1, -1, -1, device=device) * stride  # [W], oldest window first
-            column = (length - 1 - from_end.unsqueeze(1) - (size - 1 - offset)).expand(batch, -1, -1)
-            exists = torch.where(from_end == 0, lengths > 0, lengths > from_end - stride + reach)  # [B, W]
-        else:
-            count = max((length - size) // stride + 1, 0)
-            from_start = torch.arange(count, device=device) * stride
-            column = (length - lengths).unsqueeze(2) + from_start.unsqueeze(1) + offset
-            exists = from_start + size <= lengths
-        inside = (column >= 0) & (column < length)
-        column = column.clamp(0, max(length - 1, 0)).reshape(batch, count * size)
-        index = self.index.gather(1, column).view(batch, count, size)
-        real = self.mask.gather(1, column).view(batch, count, size) & inside
-        bags, weight = index[exists], real[exists].to(self.items.dtype)
-        if bags.shape[0] == 0:
-            means = self.items.new_zeros(1, self.items.shape[1])
-        else:
-            divisor = weight.sum(1, keepdim=True) if divide_by == "count" else size
-            means = F.embedding_bag(bags, self.items, mode="sum", per_sample_weights=weight / divisor)
-        window = (exists.reshape(-1).cumsum(0) - 1).clamp(min=0).view(batch, count)
-        windows = Sequence(means, window, exists)
-        return windows if align == "right" else windows.compact(exists)
 
 
 def distinct_items(index: Tensor, num_items: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.layers.attend_items import MASKED_SCORE, AttendPlan, gathered, run_planned
+from model_zoo.layers.fused_attention import BranchRead
 from model_zoo.layers.sequence import Sequence
 
 
@@ -24,6 +25,8 @@ class TargetAttention(nn.Module):
         dropout: probability on the attention weights.
         topk: tokens kept per head; None keeps all.
         attend_padding: a row without a real token attends evenly to its padding, as LongCTR does; otherwise it gives zeros.
+        use_scale: divide scores by the square root of a head's width.
+        use_qkvo: False leaves the four projections out: heads are slices of the item vectors, and a = d.
 
     Source: TWIN (arXiv 2302.02352): the search (GSU) and the attention (ESU) share their projections.
     """
@@ -36,22 +39,28 @@ class TargetAttention(nn.Module):
         dropout: float = 0.0,
         topk: int | None = None,
         attend_padding: bool = False,
+        use_scale: bool = True,
+        use_qkvo: bool = True,
     ) -> None:
         super().__init__()
+        attention_dim = attention_dim if use_qkvo else item_dim
         if attention_dim % num_heads:
-            raise ValueError(f"attention_dim ({attention_dim}) must be a multiple of num_heads ({num_heads})")
+            name = "attention_dim" if use_qkvo else "the width of an item vector"
+            raise ValueError(f"{name} ({attention_dim}) must be a multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
         self.topk = topk
         self.attend_padding = attend_padding
         self.out_dim = item_dim
-        self.W_q = nn.Linear(item_dim, attention_dim, bias=False)
-        self.W_k = nn.Linear(item_dim, attention_dim, bias=False)
-        self.W_v = nn.Linear(item_dim, attention_dim, bias=False)
-        self.W_o = nn.Linear(attention_dim, item_dim, bias=False)
+        self.use_qkvo = use_qkvo
+        if use_qkvo:
+            self.W_q = nn.Linear(item_dim, attention_dim, bias=False)
+            self.W_k = nn.Linear(item_dim, attention_dim, bias=False)
+            self.W_v = nn.Linear(item_dim, attention_dim, bias=False)
+            self.W_o = nn.Linear(attention_dim, item_dim, bias=False)
         self.dropout = dropout
-        self.scale = math.sqrt(attention_dim // num_heads)
+        self.scale = math.sqrt(attention_dim // num_heads) if use_scale else 1.0
         # with one head, W_q^T W_k and W_o W_v are d x d maps, cheaper per row than two d x a ones if d < 2a
-        self.folds = num_heads == 1 and item_dim < 2 * attention_dim
+        self.folds = use_qkvo and num_heads == 1 and item_dim < 2 * attention_dim
 
     def forward(self, query: Tensor, sequence: Sequence) -> Tensor:
         """Attend.
@@ -63,7 +72,28 @@ class TargetAttention(nn.Module):
         Returns:
             ``[B, d]``; zeros for rows without a real token (unless ``attend_padding``).
         """
-        return run_planned([self], [query], [sequence])[0]
+        return run_planned(self, query, sequence)
+
+    @property
+    def attends(self) -> bool:
+        """Attention is all that the block does with the history."""
+        return not self.attend_padding
+
+    def reads(self) -> list[BranchRead]:
+        """One branch over all tokens."""
+        return [BranchRead(self.num_heads, None, self.topk, self.dropout if self.training else 0.0)]
+
+    def absorb(self, query: Tensor) -> Tensor:
+        """Queries in the item space, ``[B, h, d]``: scores are their products with item vectors."""
+        heads, dim = self.num_heads, query.shape[1]
+        if self.folds:
+            absorbed = (query @ (self.W_q.weight.T @ self.W_k.weight)).unsqueeze(1)
+        elif self.use_qkvo:
+            head_query = self.W_q(query).unflatten(1, (heads, -1))  # [B, h, a/h]
+            absorbed = torch.einsum("bhe,hed->bhd", head_query, self.W_k.weight.view(heads, -1, dim))
+        else:
+            absorbed = query.unsqueeze(1) * self._slices(query)
+        return absorbed / self.scale
 
     def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
         """Absorbed queries and the tokens kept for them."""
@@ -71,12 +101,7 @@ class TargetAttention(nn.Module):
         if length == 0 or batch == 0:
             return None
         heads, dim = self.num_heads, query.shape[1]
-        if self.folds:
-            absorbed = (query @ (self.W_q.weight.T @ self.W_k.weight)).unsqueeze(1)
-        else:
-            head_query = self.W_q(query).view(batch, heads, -1)  # [B, h, a/h]
-            absorbed = torch.einsum("bhe,hed->bhd", head_query, self.W_k.weight.view(heads, -1, dim))
-        absorbed = (absorbed / self.scale).to(sequence.items.dtype)  # autocast lowers only one of them
+        absorbed = self.absorb(query).to(sequence.items.dtype)  # autocast lowers only one of them
         index, mask = sequence.index, sequence.mask  # [B, T], shared by the heads
         if self.topk is not None and self.topk < length:
             kept = self._select(absorbed, sequence)  # [B, h, k] columns
@@ -95,10 +120,17 @@ class TargetAttention(nn.Module):
             return query.new_zeros(query.shape[0], self.out_dim)
         heads, (batch, dim) = self.num_heads, query.shape
         if self.folds:
-            return pooled[0].view(batch, dim) @ (self.W_o.weight @ self.W_v.weight).T
-        by_head = pooled[0].view(batch, heads, dim)
+            return pooled[0].reshape(batch, dim) @ (self.W_o.weight @ self.W_v.weight).T
+        by_head = pooled[0].reshape(batch, heads, dim)
+        if not self.use_qkvo:
+            return (by_head * self._slices(query)).sum(1)
         values = torch.einsum("bhd,hed->bhe", by_head, self.W_v.weight.view(heads, -1, dim))
-        return self.W_o(values.reshape(batch, -1))
+        return self.W_o(values.flatten(1))
+
+    def _slices(self, like: Tensor) -> Tensor:
+        """``[h, d]`` one where an item vector's entry belongs to the head."""
+        owner = torch.arange(self.out_dim, device=like.device) // (self.out_dim // self.num_heads)
+        return (owner == torch.arange(self.num_heads, device=like.device).unsqueeze(1)).to(like.dtype)
 
     @torch.no_grad()
     def _select(self, absorbed: Tensor, sequence: Sequence) -> Tensor:

@@ -40,8 +40,7 @@ def test_a_low_temperature_leaves_the_weight_to_the_best_theme():
     best, cold = build(topk_item=1), build(topk_item=3, router_temperature=1e-3)
     _, sequence = case([6, 4, 5])
     routing = cold.item_router(sequence)
-    torch.testing.assert_close(routing.gates[:, 0], torch.ones(3, dtype=torch.double), rtol=0, atol=1e-6)
-    assert torch.equal(routing.chosen[:, :1], best.item_router(sequence).chosen)
+    torch.testing.assert_close(routing.gates, best.item_router(sequence).gates, rtol=0, atol=1e-6)
 
 
 def test_a_shared_router_is_one_h_with_two_codebooks():
@@ -62,7 +61,7 @@ def test_the_router_sees_the_target_when_asked_to():
     assert both.item_router.h[0].in_features == 2 * DIM and item.item_router.h[0].in_features == DIM
 
     def route(layer: MoS, targets: torch.Tensor) -> torch.Tensor:
-        return layer.item_router(layer.router_inputs(targets, sequence)).experts
+        return layer.item_router(layer.router_inputs(targets, sequence)).members
 
     torch.manual_seed(0)
     others = [torch.randn(2, DIM, dtype=torch.double) * 3 for _ in range(5)]
@@ -126,5 +125,5 @@ def test_the_alignment_loss_pulls_experts_towards_the_fixed_global_answer():
     goal = layer(query, sequence).detach()
     torch.testing.assert_close(losses[0], 0.5 * (item - goal).square().mean(), **EXACT)
     sum(losses).backward()
-    assert all(p.grad is None for p in layer.global_expert.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in layer.global_expert.parameters())
     assert any(p.grad is not None for p in layer.item_experts.parameters())

@@ -14,6 +14,13 @@ from oracles import (
 
 from model_zoo.layers.sequence import Sequence
 
+
+def raise_answers(block) -> None:
+    """Every answer of the block grows by 7."""
+    finish = block.finish
+    block.finish = lambda query, pooled: finish(query, pooled) + 7.0
+
+
 # ---- which rows have which branch
 
 
@@ -23,10 +30,10 @@ def test_an_empty_history_gets_the_global_answer_or_zeros():
     layer = build(topk_item=2)
     whole = layer.global_expert(query, sequence)[empty]
     assert torch.equal(layer(query, sequence)[empty], whole)
-    layer.global_expert.register_forward_hook(lambda module, args, output: output + 7.0)
+    raise_answers(layer.global_expert)
     assert torch.equal(layer(query, sequence)[empty], whole + 7.0)
     zeros = build(topk_item=2, empty_history="zeros")
-    zeros.global_expert.register_forward_hook(lambda module, args, output: output + 7.0)
+    raise_answers(zeros.global_expert)
     output = zeros(query, sequence)
     assert torch.equal(output[empty], torch.zeros_like(output[empty]))
     assert bool((output[[0, 1, 3, 4, 5]] != 0).all())
@@ -35,7 +42,7 @@ def test_an_empty_history_gets_the_global_answer_or_zeros():
 @pytest.mark.parametrize("alphas", [(0.25, 0.25), (0.5, 0.5), (1.0, 0.0)])
 def test_batches_without_any_item_get_the_global_answer(alphas):
     layer = build(alpha_item=alphas[0], alpha_window=alphas[1])
-    layer.global_expert.register_forward_hook(lambda module, args, output: output + 7.0)
+    raise_answers(layer.global_expert)
     layer.set_fusion(*alphas, update_codebooks=True)
     codes = layer.item_router.codebook.codes.clone()
     query = torch.randn(3, DIM, dtype=torch.double)

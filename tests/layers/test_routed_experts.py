@@ -32,7 +32,9 @@ def case() -> tuple[RoutedExperts, Tensor, Sequence, Routing]:
             expert.answer.fill_(10.0**number)
     experts = torch.tensor([[[0, 1], [2, 3], [0, 2]], [[2, 0], [1, 2], [2, 1]], [[0, 1], [0, 1], [0, 1]]])
     gates = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]], dtype=torch.double)
-    return layer, torch.randn(3, 2, dtype=torch.double), ragged([3, 2, 3], 2), Routing(experts, experts[:, -1], gates)
+    members = torch.zeros(3, 3, 4, dtype=torch.bool).scatter_(2, experts, True)
+    by_expert = torch.zeros(3, 4, dtype=torch.double).scatter_(1, experts[:, -1], gates)
+    return layer, torch.randn(3, 2, dtype=torch.double), ragged([3, 2, 3], 2), Routing(members, by_expert)
 
 
 def test_an_answer_is_the_gate_weighted_sum_of_the_chosen_experts():

@@ -8,6 +8,7 @@ from oracles import gradients, ragged, rows_of, windows
 from torch import nn
 
 from model_zoo.layers.sequence import Sequence, distinct_items
+from model_zoo.layers.windows import Windows
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=40)
 # float64 means of at most nine terms of order one
@@ -23,6 +24,10 @@ def assert_rows(sequence: Sequence, expected: list[torch.Tensor]) -> None:
         assert got.shape == want.shape, f"row {row}"
         torch.testing.assert_close(got, want, **EXACT)
     assert_right_aligned(sequence)
+
+
+def windows_of(sequence: Sequence, *arguments, **options) -> Sequence:
+    return Windows(sequence, *arguments, **options).sequence()
 
 
 def assert_right_aligned(sequence: Sequence) -> None:
@@ -55,25 +60,25 @@ def scalars(*lengths: int, padding: int = 0) -> Sequence:
     ],
 )
 def test_right_anchored_window_means_of_1_to_t(length, means, padding):
-    got = scalars(length, padding=padding).windows(8, 4)
+    got = windows_of(scalars(length, padding=padding), 8, 4)
     assert got.vectors[got.mask].flatten().tolist() == pytest.approx(means, abs=1e-12)
 
 
 def test_left_windows_are_the_literal_definition_and_lose_the_newest_items():
-    got = scalars(11, padding=3).windows(8, 4, align="left")
+    got = windows_of(scalars(11, padding=3), 8, 4, align="left")
     assert got.vectors[got.mask].flatten().tolist() == pytest.approx([4.5], abs=1e-12)
-    assert int(scalars(7).windows(8, 4, align="left").mask.sum()) == 0
+    assert int(windows_of(scalars(7), 8, 4, align="left").mask.sum()) == 0
 
 
 @pytest.mark.parametrize("align", ["right", "left"])
 @pytest.mark.parametrize("length, count", [(100, 24), (200, 49)])
 def test_the_number_of_windows_of_long_histories(length, count, align):
-    assert scalars(length).windows(8, 4, align=align).lengths.tolist() == [count]
+    assert windows_of(scalars(length), 8, 4, align=align).lengths.tolist() == [count]
 
 
 def test_a_short_history_divides_by_its_items_or_by_the_window_size():
-    assert scalars(5).windows(8, 4, divide_by="count").vectors.item() == pytest.approx(3.0)
-    assert scalars(5).windows(8, 4, divide_by="size").vectors.item() == pytest.approx(15 / 8)
+    assert windows_of(scalars(5), 8, 4, divide_by="count").vectors.item() == pytest.approx(3.0)
+    assert windows_of(scalars(5), 8, 4, divide_by="size").vectors.item() == pytest.approx(15 / 8)
 
 
 @EXAMPLES
@@ -88,7 +93,7 @@ def test_a_short_history_divides_by_its_items_or_by_the_window_size():
 )
 def test_windows_equal_a_loop_over_rows(lengths, size, stride, padding, align, divide_by, seed):
     sequence = ragged(lengths, 3, seed, padding=padding)
-    got = sequence.windows(size, stride, align, divide_by)
+    got = windows_of(sequence, size, stride, align, divide_by)
     expected = [windows(tokens, size, stride, align, divide_by) for tokens in rows_of(sequence.vectors, sequence.mask)]
     assert_rows(got, expected)
     if any(len(row) for row in expected):
@@ -102,7 +107,7 @@ def test_windows_equal_a_loop_over_rows(lengths, size, stride, padding, align, d
 def test_every_item_is_in_a_right_window_unless_the_stride_skips_it(length, size, stride):
     """The last window ends at the newest item, and with stride <= size no item is lost."""
     one_hot = torch.eye(length, dtype=torch.double).unsqueeze(0)
-    got = Sequence.from_vectors(one_hot, torch.ones(1, length, dtype=torch.bool)).windows(size, stride)
+    got = windows_of(Sequence.from_vectors(one_hot, torch.ones(1, length, dtype=torch.bool)), size, stride)
     covered = (got.vectors[got.mask] > 0).any(0)
     assert got.vectors[0, -1, -1] > 0
     if stride <= size:
@@ -205,7 +210,7 @@ def test_a_sequence_of_given_vectors_returns_them():
 def test_batches_of_no_rows_keep_their_columns():
     none = ragged([5], 3).select(torch.tensor([], dtype=torch.long))
     for align in ("right", "left"):
-        assert none.windows(4, 2, align=align).index.shape[0] == 0
+        assert windows_of(none, 4, 2, align=align).index.shape[0] == 0
     assert none.last(2).index.shape == (0, 2)
 
 
@@ -213,6 +218,6 @@ def test_batches_of_no_columns_have_no_windows_and_no_tokens():
     empty = Sequence.from_vectors(torch.zeros(3, 0, 2), torch.zeros(3, 0, dtype=torch.bool))
     assert empty.lengths.tolist() == [0, 0, 0]
     for align in ("right", "left"):
-        assert not bool(empty.windows(8, 4, align=align).mask.any())
+        assert not bool(windows_of(empty, 8, 4, align=align).mask.any())
     assert empty.right_aligned().index.shape == (3, 0)
     assert empty.last(5).index.shape == (3, 0)
