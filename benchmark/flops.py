@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -179,7 +180,7 @@ def compare(backbone: str, options: argparse.Namespace, folder: str) -> list[dic
     compared = entries(backbone, overrides, folder)
     batches = [batch for batch in islice(compared[0].loader, max(options.batches, options.timed + 1))]
     rows = []
-    for state in ("start", f"{options.steps} steps"):
+    for state in ("start", "trained"):
         for entry in compared:
             if state == "start":
                 start(entry)
@@ -200,17 +201,40 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def ratio_table(rows: list[dict[str, Any]]) -> str:
-    """MoS over each rival by every count; bold where MoS costs at most `CLAIM` of the rival."""
+def comparisons(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """MoS over each rival of the same backbone and state, by every count of `RATIOS`."""
     mine = {(row["backbone"], row["state"]): row for row in rows if row["method"] == "MoS"}
-    formula = next(iter(mine.values()))["by_formula"]
-    lines = [["formula", "any", setting, "even", *map(cell, ratios), *[""] * 7] for setting, ratios in formula.items()]
+    found = []
     for row in rows:
         if row["method"] in RIVALS:
             own = mine[row["backbone"], row["state"]]
-            ratios = [cell(own[key] / row[key] if row[key] else float("nan")) for key in RATIOS.values()]
-            lines.append([row["backbone"], row["method"], row["setting"], row["state"], *ratios])
+            ratios = {name: own[key] / row[key] if row[key] else math.nan for name, key in RATIOS.items()}
+            found.append({**{key: row[key] for key in ("backbone", "method", "setting", "state")}, "ratios": ratios})
+    return found
+
+
+def ratio_table(compared: list[dict[str, Any]], formula: dict[str, tuple[float, float]]) -> str:
+    """Every comparison, the formula's values first; bold where MoS costs at most `CLAIM` of the rival."""
+    lines = [["formula", "any", setting, "even", *map(cell, ratios), *[""] * 7] for setting, ratios in formula.items()]
+    for one in compared:
+        shown = [one[key] for key in ("backbone", "method", "setting", "state")]
+        lines.append([*shown, *map(cell, one["ratios"].values())])
     return markdown(["backbone", "rival", "setting", "state", *RATIOS], lines)
+
+
+def claim_table(compared: list[dict[str, Any]]) -> str:
+    """The backbones over which MoS costs at most `CLAIM` of a rival in every state, by setting, rival and count."""
+    lines = []
+    for setting, rival in dict.fromkeys((one["setting"], one["method"]) for one in compared):
+        mine = [one for one in compared if (one["setting"], one["method"]) == (setting, rival)]
+        backbones = list(dict.fromkeys(one["backbone"] for one in mine))
+        shown = []
+        for name in RATIOS:
+            fails = {one["backbone"] for one in mine if not one["ratios"][name] <= CLAIM}
+            holds = [backbone for backbone in backbones if backbone not in fails]
+            shown.append("all" if not fails else ", ".join(holds) or "none")
+        lines.append([setting, rival, *shown])
+    return markdown(["setting", "rival", *RATIOS], lines)
 
 
 def cell(ratio: float) -> str:
@@ -251,8 +275,12 @@ def formula_ratios(model: ThreePhaseCTR) -> dict[str, tuple[float, float]]:
 
 TITLE = """# Operations of MoS and its rivals
 
-Histories of {length} items{any_length}, {batch} rows a batch, synthetic data of MicroVideo's shape. The paper has MoS at 53 %
-of the operations of a mixture of experts with a shared expert. Ratios are MoS over rival, bold where at most {claim}.
+Histories of {length} items{any_length}, {batch} rows a batch, synthetic data of MicroVideo's shape. The paper has MoS at
+53 % of the operations of a mixture of experts with a shared expert. Here that holds, by each count, over these backbones
+(in every state; ratio at most {claim}):
+
+{table}
+
 
 - **T^2**, **T**: the paper's own count, all experts run, of a block whose cost is the square of its tokens, or their
   number; the first lines are the formula's values for even routing, the others have measured routed lengths.
@@ -263,22 +291,24 @@ of the operations of a mixture of experts with a shared expert. Ratios are MoS o
 - **step**: median seconds of a training step of the whole model, the models alternating on {machine}.
 
 `literal`: rivals have as many experts, and experts per token, as one of MoS's two routers; `budget_matched`: as both.
-`start`: routers as they start, MoS's codebooks by k-means of an untrained backbone; then after {steps} training steps in
+`start`: routers as they start, MoS's codebooks by k-means of an untrained backbone; `trained`: after {steps} steps of training in
 each of MoS's phases, three times as many of the others. A backbone's settings are `<backbone>_microvideo`'s but for those
 named beside it.
 """
 
 
 def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """Both tables with what is needed to read them."""
-    found = environment(ROOT)
-    hardware, versions = found["hardware"], found["versions"]
-    machine = f"{hardware['cpus']} {hardware['machine']} CPUs, {hardware['torch_threads']} threads, torch {versions['torch']}"
-    text = TITLE.format(
+    """The tables with what is needed to read them."""
+    found, compared = environment(ROOT), comparisons(rows)
+    hardware = found["hardware"]
+    machine = f"{hardware['cpus']} {hardware['machine']} CPUs, {hardware['torch_threads']} threads"
+    title = TITLE.format(
         length=options.length, any_length=" at most" if options.any_length else "", batch=options.batch, claim=CLAIM,
-        steps=options.steps, machine=machine,
+        steps=options.steps, machine=f"{machine}, torch {found['versions']['torch']}", table=claim_table(compared),
     )  # fmt: skip
-    return f"{text}\n{ratio_table(rows)}\n\n## Costs per row, millions of operations\n\n{cost_table(rows, options.length)}"
+    ratios = ratio_table(compared, next(row["by_formula"] for row in rows if row["method"] == "MoS"))
+    costs = cost_table(rows, options.length)
+    return f"{title}\n## Ratios\n\n{ratios}\n\n## Costs per row, millions of operations\n\n{costs}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -298,12 +328,13 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         needed = 4 * chosen.batch * max(chosen.batches, chosen.timed + 1)
-        spec = replace(MICROVIDEO, users=chosen.users, rows=(max(needed, 10_000), 100, 100))
+        longer = {"history_mean": max(300, 2 * chosen.length), "history_max": max(1_200, 4 * chosen.length)}
+        spec = replace(MICROVIDEO, users=chosen.users, rows=(max(needed, 10_000), 100, 100), **longer)
         write_data(Path(folder), spec, 1 if chosen.any_length else chosen.length)
         for backbone in chosen.backbones:
             rows += compare(backbone, chosen, folder)
     text = document(rows, chosen)
-    print(text)
+    print(f"{text}\n")
     for row in rows:
         print(json.dumps(row))
     if chosen.out:

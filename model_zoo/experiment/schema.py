@@ -54,13 +54,20 @@ DATA_KEYS: dict[str, Any] = {
     "rebuild_dataset": Literal[False],
 }
 #: keys that LongCTR's and FuxiCTR's configs carry and that have nothing to set here
-IGNORED_KEYS = {"num_workers", "pickle_feature_encoder", "debug_mode", "feature_config"}
+IGNORED_KEYS = {
+    "num_workers", "pickle_feature_encoder", "debug_mode", "feature_config",
+    # field names that models of FuxiCTR's csv pipeline need; here `source: item` says which columns describe items
+    "item_info_fields", "target_item_field", "sequence_item_field", "din_target_field", "din_sequence_field",
+    "dien_target_field", "dien_sequence_field", "dien_neg_seq_field",
+}  # fmt: skip
 #: smallest value of a number, or of each of a list of numbers
 LOWER_BOUNDS = {
     "epochs": 1, "batch_size": 1, "max_len": 1, "embedding_dim": 1, "accumulation_steps": 1, "early_stop_patience": 1,
     "eval_steps": 1, "learning_rate": 0, "attention_dim": 1, "num_heads": 1, "topk": 1, "codebook_dim": 1,
     "n_item_experts": 0, "n_window_experts": 0, "phase1_epochs": 1, "phase2_epochs": 0, "phase3_epochs": 1,
     "kmeans_tokens": 0, "window_size": 1, "window_stride": 1, "seed": 0,
+    "hash_bits": 1, "num_hashes": 1, "hash_seed": 0, "short_seq_len": 2, "alpha": 0, "beta": 0, "n_experts": 0,
+    "topk_experts": 1, "aux_weight": 0, "first_k_cols": 1, "transformer_layers": 1, "d_state": 1, "d_conv": 1,
     "dnn_hidden_units": 1, "embedding_regularizer": 0, "net_regularizer": 0, "max_gradient_norm": 0,
 }  # fmt: skip
 SEED_LIMIT = 2**32  # numpy's

@@ -120,13 +120,12 @@ def test_attention_dropout_drops_whole_values_their_bias_included(monkeypatch):
     layer.dropout1.p = layer.dropout.p = layer.dropout2.p = 0.0
     sequence = ragged([5], 6)
     kept = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.double)  # [h, T]
-    monkeypatch.setattr(sasrec_module.F, "dropout", lambda x, rate, training: x * kept / 0.5 if rate else x)
+    monkeypatch.setattr(sasrec_module.F, "dropout", lambda x, rate, *_: x * kept / 0.5 if rate else x)
     pooled = []
     layer.self_attn.out_proj.register_forward_hook(lambda module, inputs, output: pooled.append(inputs[0]))
     layer.train().newest(sequence.vectors, sequence.mask)
-    projected = F.linear(
-        layer.norm1(sequence.vectors[0]), layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
-    )
+    attention = layer.self_attn
+    projected = F.linear(layer.norm1(sequence.vectors[0]), attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = projected.view(5, 3, 2, 3).unbind(1)  # [T, h, e]
     weights = torch.einsum("he,the->ht", query[-1], key).div(math.sqrt(3)).softmax(1) * kept / 0.5
     torch.testing.assert_close(pooled[0][0], torch.einsum("ht,the->he", weights, value).flatten(), **EXACT)
