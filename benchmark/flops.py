@@ -13,7 +13,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
 from train_step import ROOT, experiment
 
 from model_zoo.batch import Batch
@@ -291,9 +287,10 @@ Histories of {length} items{any_length}, {batch} rows a batch, synthetic data of
 - **step**: median seconds of a training step of the whole model, the models alternating on {machine}.
 
 `literal`: rivals have as many experts, and experts per token, as one of MoS's two routers; `budget_matched`: as both.
-`start`: routers as they start, MoS's codebooks by k-means of an untrained backbone; `trained`: after {steps} steps of training in
-each of MoS's phases, three times as many of the others. A backbone's settings are `<backbone>_microvideo`'s but for those
-named beside it.
+`start`: routers as they start, MoS's codebooks by k-means of an untrained backbone. `trained`: after {steps} training
+steps in each of MoS's phases, three times as many of the others. A backbone's settings are `<backbone>_microvideo`'s but
+for those named beside it. What depends on an item or on weights alone is computed once a batch, so that counted
+operations per row fall as batches grow.
 """
 
 

@@ -17,13 +17,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
-
 from model_zoo.experiment.record import write_json, write_whole
 from model_zoo.registry import model_names
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 HEADER = [
     "model", "test AUC", "test gAUC", "test logloss", "epochs", "training s", "total s", "peak MiB", "parameters",
     "embedding", "block", "head", "of these in experts",
@@ -34,7 +32,7 @@ def run_model(model: str, config: str, overrides: list[str]) -> dict[str, Any]:
     """The row of one model.
 
     Raises:
-        RuntimeError: the run failed; with the last line that it wrote.
+        RuntimeError: the run failed; with its exit code and the last line that it wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, os.path.join(ROOT, "run_expid.py"), "--config", config, "--expid", f"{model}_smoke"]
@@ -43,8 +41,8 @@ def run_model(model: str, config: str, overrides: list[str]) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True)
         records = glob.glob(os.path.join(folder, "*", "*", "*", "metrics.json"))
         if done.returncode or len(records) != 1:
-            lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            raise RuntimeError(lines[-1] if lines else f"exit code {done.returncode}")
+            lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+            raise RuntimeError(f"exit code {done.returncode}, {len(records)} record(s): {lines[-1]}")
         with open(records[0], encoding="utf-8") as file:
             return row_of(json.load(file))
 
@@ -95,7 +93,7 @@ def document(rows: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name in order:
         row = rows[name]
-        scores = [f"{row['test'][metric]:.4f}" if metric in row["test"] else "" for metric in ("AUC", "gAUC", "logloss")]
+        scores = [f"{row['test'][metric]:.4f}" for metric in ("AUC", "gAUC", "logloss")]
         seconds = [f"{row['seconds'][part]:.1f}" for part in ("fit", "total")]
         counts = [f"{row['parameters'][part]:,}" for part in ("total", "embedding", "block", "head", "experts")]
         epochs = "+".join(str(count) for count in row["epochs"].values())
@@ -106,7 +104,7 @@ def document(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join([
         "# Every model, one epoch on the shipped sample",
         "",
-        "`python benchmark/zoo.py`: `<Model>_smoke` on `data/kuairand_sample`, small settings, one seed: a check that every",
+        "`python benchmark/zoo.py`: `<Model>_smoke` on `data/kuairand_sample`, small settings, one seed: a check that each",
         "model trains, not a ranking. MoS has an epoch in each of its three phases. Training seconds include evaluation;",
         "the peak is the process's resident memory, libraries included.",
         "",
@@ -162,11 +160,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"[{number}/{len(wanted)}] {name}: failed: {error}", flush=True)
                 continue
             save(chosen.out, rows)
-            row = rows[name]
-            auc, seconds = row["test"].get("AUC", float("nan")), row["seconds"]["fit"]
-            print(
-                f"[{number}/{len(wanted)}] {name}: test AUC {auc:.4f}, {seconds:.1f} s, {row['peak_mib']:.0f} MiB", flush=True
-            )
+            auc, seconds, peak = rows[name]["test"]["AUC"], rows[name]["seconds"]["fit"], rows[name]["peak_mib"]
+            print(f"[{number}/{len(wanted)}] {name}: test AUC {auc:.4f}, {seconds:.1f} s, {peak:.0f} MiB", flush=True)
     print(f"{len(rows)} models in {os.path.join(chosen.out, 'ZOO.md')}, {failed} failed")
     return 1 if failed else 0
 

@@ -68,6 +68,7 @@ LOWER_BOUNDS = {
     "kmeans_tokens": 0, "window_size": 1, "window_stride": 1, "seed": 0,
     "hash_bits": 1, "num_hashes": 1, "hash_seed": 0, "short_seq_len": 2, "alpha": 0, "beta": 0, "n_experts": 0,
     "topk_experts": 1, "aux_weight": 0, "first_k_cols": 1, "transformer_layers": 1, "d_state": 1, "d_conv": 1,
+    "num_layers": 1, "expand": 1, "hidden_dim": 1, "inner_dim": 1, "max_positions": 1,
     "dnn_hidden_units": 1, "embedding_regularizer": 0, "net_regularizer": 0, "max_gradient_norm": 0,
 }  # fmt: skip
 SEED_LIMIT = 2**32  # numpy's
