@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pydantic import TypeAdapter
 
 import model_zoo.experiment.config as config_module
-import model_zoo.experiment.schema as schema_module
 from model_zoo.batch import Batch, ItemFeatures
 from model_zoo.experiment.config import BASE, Config, experiment_ids, load_config, read_sections
 from model_zoo.experiment.run import build_model
@@ -36,19 +34,13 @@ ITEMS, ROWS, LENGTH, NARROW = 12, 4, 9, 16
 
 @pytest.fixture(autouse=True)
 def work_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each experiment's load reads all of config/, each validation builds validators for the same few types."""
+    """Each experiment's load reads all of config/."""
     monkeypatch.setattr(config_module, "read_sections", sections_of)
-    monkeypatch.setattr(schema_module, "TypeAdapter", adapter_of)
 
 
 @cache
 def sections_of(config_dir: str, kind: str) -> list[tuple[str, Any]]:
     return read_sections(config_dir, kind)
-
-
-@cache
-def adapter_of(annotation: Any) -> Any:
-    return TypeAdapter(annotation)
 
 
 def name_of(value: Any) -> str:

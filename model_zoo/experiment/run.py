@@ -19,7 +19,7 @@ from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset, w
 from model_zoo.pipeline.feature_map import build_feature_map
 from model_zoo.pipeline.loader import SequenceLoader
 from model_zoo.pipeline.pretrained_vectors import load_pretrained
-from model_zoo.registry import get_model
+from model_zoo.registry import get_model, model_keys
 from model_zoo.sequential_ctr import SequentialCTR
 from model_zoo.three_phase import ThreePhaseCTR
 
@@ -62,12 +62,14 @@ def check_names(params: dict[str, Any]) -> None:
     Raises:
         ConfigError: an activation that ``torch.nn`` lacks, or a regulariser that is none.
     """
-    activations = params.get("dnn_activations", "relu")
-    for name in activations if isinstance(activations, list) else [activations]:
-        try:
-            get_activation(name, 1)
-        except (AttributeError, NotImplementedError):
-            raise ConfigError(f"dnn_activations: {name!r}: write relu, or the name of a layer in torch.nn") from None
+    for key in model_keys(params["model"]):
+        if not key.endswith(("activation", "activations")) or params.get(key) is None:
+            continue
+        for name in params[key] if isinstance(params[key], list) else [params[key]]:
+            try:
+                get_activation(name, 1)
+            except (AttributeError, NotImplementedError):
+                raise ConfigError(f"{key}: {name!r}: write relu, or the name of a layer in torch.nn") from None
     for key in ("embedding_regularizer", "net_regularizer"):
         try:
             get_regularizer(params.get(key) or None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -120,7 +121,7 @@ def validate(config: Config) -> dict[str, Any]:
             problems.append(f"{where}: unknown key '{key}' for model {config.values['model']}{hint}")
             continue
         try:
-            values[key] = TypeAdapter(allowed[key]).validate_python(_number(value, allowed[key]))
+            values[key] = _adapter(allowed[key]).validate_python(_number(value, allowed[key]))
         except ValidationError as error:
             problems.append(f"{where}: {key}: {value!r}: {_reason(error)}")
             continue
@@ -139,6 +140,11 @@ def validate(config: Config) -> dict[str, Any]:
     if problems:
         raise ConfigError(f"{config.expid}: {'; '.join(problems)}")
     return values
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
 
 
 def _out_of_bounds(key: str, value: Any) -> str | None:

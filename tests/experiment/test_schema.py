@@ -6,6 +6,7 @@ import pytest
 
 from model_zoo.errors import ConfigError
 from model_zoo.experiment.config import Config
+from model_zoo.experiment.run import check_names
 from model_zoo.experiment.schema import DATA_KEYS, IGNORED_KEYS, LOWER_BOUNDS, RUN_KEYS, allowed_keys, validate
 from model_zoo.registry import model_names
 
@@ -151,3 +152,15 @@ def test_every_models_keys_have_a_type_and_defaults_that_fit_it(model: str) -> N
 def test_every_bound_is_of_a_known_key() -> None:
     known = {key for model in model_names() for key in allowed_keys(model)}
     assert LOWER_BOUNDS.keys() <= known
+
+
+@pytest.mark.parametrize(
+    "model, key",
+    [("TransAct", "hidden_activations"), ("FinalMLP", "mlp2_hidden_activations"), ("DIN", "attention_hidden_activations"),
+     ("MoS_DIEN", "attention_activation"), ("TWIN", "dnn_activations")],
+)  # fmt: skip
+def test_an_activation_that_torch_lacks_is_refused_whatever_part_it_is_for(model: str, key: str) -> None:
+    check_names({"model": model, key: ["relu", "Dice"]})
+    check_names({"model": model, key: None})
+    with pytest.raises(ConfigError, match=f"{key}: 'rulu': write relu, or the name of a layer in torch.nn"):
+        check_names({"model": model, key: ["relu", "rulu"]})
