@@ -13,6 +13,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -309,7 +310,7 @@ def document(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print both tables and one json line per model, and write them to ``--out``."""
+    """Print the tables and one json line per model and state."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--backbones", nargs="+", default=BACKBONES, metavar="NAME[:KEY=VALUE,...]")
     options.add_argument("--length", type=int, default=200, help="items of every history (default: %(default)s)")
@@ -320,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--timed", type=int, default=5, help="timed steps per model (default: %(default)s)")
     options.add_argument("--users", type=int, default=2_000, help="of the synthetic data (default: %(default)s)")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every model; repeatable")
-    options.add_argument("--out", metavar="DIR", help="write FLOPS.md and flops.json there")
+    options.add_argument("--out", metavar="DIR", help="write FLOPS.md and flops.json there, after each backbone")
     chosen = options.parse_args(argv)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -329,15 +330,21 @@ def main(argv: list[str] | None = None) -> None:
         spec = replace(MICROVIDEO, users=chosen.users, rows=(max(needed, 10_000), 100, 100), **longer)
         write_data(Path(folder), spec, 1 if chosen.any_length else chosen.length)
         for backbone in chosen.backbones:
+            started = time.perf_counter()
             rows += compare(backbone, chosen, folder)
-    text = document(rows, chosen)
-    print(f"{text}\n")
+            print(f"{backbone}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            if chosen.out:
+                save(rows, chosen)
+    print(f"{document(rows, chosen)}\n")
     for row in rows:
         print(json.dumps(row))
-    if chosen.out:
-        os.makedirs(chosen.out, exist_ok=True)
-        write_whole(os.path.join(chosen.out, "FLOPS.md"), text + "\n")
-        write_json(os.path.join(chosen.out, "flops.json"), {"options": vars(chosen), "rows": rows, **environment(ROOT)})
+
+
+def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Both files, each whole."""
+    os.makedirs(options.out, exist_ok=True)
+    write_whole(os.path.join(options.out, "FLOPS.md"), document(rows, options) + "\n")
+    write_json(os.path.join(options.out, "flops.json"), {"options": vars(options), "rows": rows, **environment(ROOT)})
 
 
 if __name__ == "__main__":

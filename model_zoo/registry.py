@@ -152,9 +152,10 @@ def get_model(name: str) -> type[SequentialCTR]:
     """
     if name in BACKBONES:
         return compose(BACKBONES[name])
-    method, _, backbone = name.partition("_")
-    if method in METHODS and backbone in BACKBONES and BACKBONES[backbone].routable:
-        return compose(BACKBONES[backbone], METHODS[method])
+    for method, found in METHODS.items():
+        backbone = BACKBONES.get(name.removeprefix(f"{method}_"))
+        if name.startswith(f"{method}_") and backbone is not None and backbone.routable:
+            return compose(backbone, found)
     near = difflib.get_close_matches(name, model_names(), n=3, cutoff=0.4) or model_names()
     raise KeyError(f"no model '{name}'; nearest: {', '.join(near)}")
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -71,6 +72,9 @@ class ThreePhaseCTR(SequentialCTR):
         expert_init: ``random``, or ``copy_global``: experts start phase 2 as copies of the trained global expert.
     """
 
+    #: groups that the phase entered last does not train
+    _frozen: AbstractSet[str] = frozenset()
+
     def __init__(
         self,
         *args: Any,
@@ -128,15 +132,18 @@ class ThreePhaseCTR(SequentialCTR):
             group = "experts" if id(parameter) in expert_names else "backbone"
             parameter.requires_grad_(group in phase.trains and name not in self._always_frozen)
         self.mos.set_fusion(*phase.alphas, update_codebooks=phase.update_codebooks)
+        self._frozen = {"backbone", "experts"} - set(phase.trains)
         self.phase_name = phase.name
         self._early_stop_patience = phase.patience
         self.use_optimizer(phase.learning_rate)
 
     def train(self, mode: bool = True) -> ThreePhaseCTR:
-        """Training mode, but BatchNorm layers whose weights are frozen keep their running statistics."""
+        """Training mode, but BatchNorm layers of a frozen group (Dice has some, too) keep their running statistics."""
         super().train(mode)
+        beside = {id(m) for expert in self.expert_modules() for m in expert.modules()}
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and not module.weight.requires_grad:
+            group: Group = "experts" if id(module) in beside else "backbone"
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and group in self._frozen:
                 module.eval()
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,14 @@ def test_a_file_that_cannot_be_loaded_is_one_sentence(
     answer = cli("--load", path, "--dry-run")
     assert answer.code == 2 and len(answer.err.splitlines()) == 1
     assert answer.err.startswith("error: --load ") and message in answer.err
+
+
+def test_a_loaded_file_finds_modules_beside_it_and_shadows_nothing(tmp_path: Path) -> None:
+    (tmp_path / "beside_me.py").write_text("value = 3\n")
+    path = tmp_path / "torch.py"
+    path.write_text("import beside_me\nimport torch.nn\nassert beside_me.value == 3\nassert torch.nn.Linear\n")
+    before = list(sys.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "beside_me", raising=False)
+        load_plugin(str(path))
+    assert sys.path == before

@@ -171,3 +171,9 @@ def test_keys_reach_the_block_and_the_method() -> None:
     assert model.mos.item_router.codebook.codes.shape == (3, 9) and model.mos.item_router.codebook.decay == 0.7
     assert model.mos.window_size == 6 and model.mos.global_expert.long_attention.topk == 3
     assert SMALL["topk"] != 3
+
+
+def test_a_method_may_have_an_underscore_in_its_name(own_models: None) -> None:
+    registry.register_method(registry.Method("My_MoS", MoS, ThreePhaseCTR))
+    assert get_model("My_MoS_TWIN").__name__ == "My_MoS_TWIN"
+    assert "My_MoS_TWIN" in model_names()

@@ -700,3 +700,19 @@ def test_the_three_phases_run_on_cuda(tmp_path: Path) -> None:
     cpu = small_model("MoS_TWIN", tmp_path)
     cpu.load_weights(model.checkpoint)
     np.testing.assert_allclose(on_gpu, cpu.predict(tiny_loader("valid")), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"dnn_activations": "Dice"}, {"align_weight": 0.1}, {"short_history": "skip"}])
+def test_phase_2_moves_no_statistics_of_the_backbone_not_even_dices(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = small_model("MoS_DIN", tmp_path, **options)
+    batch = tiny_loader().batch(np.arange(30))
+    model._max_gradient_norm, model._batch_index = 10.0, 0
+    moved = {}
+    for phase in model.phases(1)[1:]:
+        model.enter(phase)
+        model.train()
+        beside = {id(b) for module in model.expert_modules() for b in module.buffers()}
+        before = {n: b.clone() for n, b in model.named_buffers() if id(b) not in beside}
+        model.train_step(batch)
+        moved[phase.name] = [n for n, b in model.named_buffers() if n in before and not torch.equal(b, before[n])]
+    assert moved["phase2"] == [] and moved["phase3"] != []

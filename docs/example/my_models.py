@@ -26,7 +26,6 @@ class RecencyPool(nn.Module):
         if pool_heads < 1:
             raise ValueError(f"pool_heads must be at least 1, not {pool_heads}")
         self.out_dim = item_dim
-        self.start_decay = start_decay
         self.key = nn.Linear(item_dim, pool_heads * item_dim, bias=False)
         self.mix = nn.Linear(pool_heads * item_dim, item_dim)
         self.decay = nn.Parameter(torch.full((pool_heads,), start_decay))

@@ -52,7 +52,7 @@ def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | 
         return get_model(params["model"])(feature_map, item_features=items, pretrained=pretrained, **params)
     except UserError:
         raise
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, AssertionError, IndexError) as error:
         raise ConfigError(f"{params['model_id']}: {error}") from None
 
 
@@ -70,6 +70,13 @@ def check_names(params: dict[str, Any]) -> None:
                 get_activation(name, 1)
             except (AttributeError, NotImplementedError):
                 raise ConfigError(f"{key}: {name!r}: write relu, or the name of a layer in torch.nn") from None
+    for units, *lists in (("dnn_hidden_units", "dnn_activations", "net_dropout"),
+                          ("dcn_hidden_units", "hidden_activations", "net_dropout"),
+                          ("mlp1_hidden_units", "mlp1_hidden_activations", "mlp1_dropout"),
+                          ("mlp2_hidden_units", "mlp2_hidden_activations", "mlp2_dropout")):  # fmt: skip
+        for key in lists:
+            if params.get(units) and isinstance(params.get(key), list) and len(params[key]) != len(params[units]):
+                raise ConfigError(f"{key} has {len(params[key])} entries for the {len(params[units])} layers of {units}")
     for key in ("embedding_regularizer", "net_regularizer"):
         try:
             get_regularizer(params.get(key) or None)

@@ -70,6 +70,7 @@ LOWER_BOUNDS = {
     "hash_bits": 1, "num_hashes": 1, "hash_seed": 0, "short_seq_len": 2, "alpha": 0, "beta": 0, "n_experts": 0,
     "topk_experts": 1, "aux_weight": 0, "first_k_cols": 1, "transformer_layers": 1, "d_state": 1, "d_conv": 1,
     "num_layers": 1, "expand": 1, "hidden_dim": 1, "inner_dim": 1, "max_positions": 1,
+    "router_hidden": 1, "router_init_std": 0, "last_k": 1, "low_rank": 1, "dim_feedforward": 1, "num_cross_layers": 1,
     "dnn_hidden_units": 1, "embedding_regularizer": 0, "net_regularizer": 0, "max_gradient_norm": 0,
 }  # fmt: skip
 SEED_LIMIT = 2**32  # numpy's
@@ -152,6 +153,8 @@ def _out_of_bounds(key: str, value: Any) -> str | None:
     low, high = LOWER_BOUNDS.get(key), None
     if key.endswith("dropout"):
         low, high = 0, 1
+    if key.endswith("hidden_units"):
+        low = 1
     for number in value if isinstance(value, list) else [value]:
         if not isinstance(number, int | float):
             continue

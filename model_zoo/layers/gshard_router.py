@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import torch
@@ -66,10 +67,10 @@ class GShardRouter(nn.Module):
         super().__init__()
         if not 1 <= topk_experts <= num_experts:
             raise ValueError(f"topk_experts ({topk_experts}) must lie in 1..{num_experts}, the number of experts")
-        if min(capacity_factor_train, capacity_factor_eval) <= 0:
+        if not all(0 < factor < math.inf for factor in (capacity_factor_train, capacity_factor_eval)):
             raise ValueError(
                 f"capacity_factor_train ({capacity_factor_train}) and capacity_factor_eval ({capacity_factor_eval}) "
-                "must be positive"
+                "must be positive and finite; n_experts / topk_experts drops nothing"
             )
         if min_capacity < 0 or second_expert_threshold < 0:
             raise ValueError(

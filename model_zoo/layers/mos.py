@@ -242,8 +242,7 @@ class MoS(nn.Module):
             answers = [self._answer(branch, query) for branch in routed]
         output = self._rest(query, sequence, global_weight, losses) if overall is None else global_weight * overall
         if losses is not None and self.align_weight and self.training:
-            with torch.no_grad():
-                goal = self.global_expert(query, sequence)
+            goal = overall.detach() if overall is not None else self._still_answer(query, sequence)
             for weight, answer in zip(weights, answers, strict=True):
                 present = (weight > 0).to(answer.dtype)  # [B, 1]
                 gap = (answer - goal).square().mean(1, keepdim=True) * present
@@ -280,6 +279,17 @@ class MoS(nn.Module):
         """A branch's weighted expert answers ``[B, out]``, one expert at a time."""
         tokens = branch.tokens.sequence() if isinstance(branch.tokens, Windows) else branch.tokens
         return run_experts(branch.experts, query, tokens, branch.routing, branch.active)
+
+    @torch.no_grad()
+    def _still_answer(self, query: Tensor, sequence: Sequence) -> Tensor:
+        """The global answer as in evaluation: no dropout, no batch statistics."""
+        was_training = [(module, module.training) for module in self.global_expert.modules()]
+        self.global_expert.eval()
+        try:
+            return self.global_expert(query, sequence)
+        finally:
+            for module, training in was_training:
+                module.training = training
 
     def _rest(self, query: Tensor, sequence: Sequence, weight: Tensor, losses: list[Any] | None) -> Tensor:
         """The global answer where it has no weight but for rows that have nothing else."""
