@@ -55,7 +55,7 @@ def compare(expid: str, overrides: list[str], folder: str | None, batches: int) 
     for name in ("phase1", "phase2", "phase3"):
         seed_everything(params["seed"])
         mixture = build_model(params, feature_map, dataset)
-        plain = build_model({**params, "model": params["model"].partition("_")[2]}, feature_map, dataset)
+        plain = build_model({**params, "model": mixture.backbone.name}, feature_map, dataset)
         phase = next(phase for phase in mixture.phases(1) if phase.name == name)  # type: ignore[attr-defined]
         if "experts" in phase.trains:
             mixture.start_experts(loader)  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from model_zoo.errors import DataError
 from model_zoo.experiment.config import Config
 from model_zoo.pipeline.columns import row_count
 from model_zoo.pipeline.dataset import CTRDataset
+from model_zoo.registry import get_model
 from model_zoo.sequential_ctr import SequentialCTR
 
 logger = logging.getLogger("model_zoo")
@@ -85,7 +86,7 @@ def _verdict(result: dict[str, Any], split: str) -> str:
     verdict = f"against its own backbone (phase 1) on {split}: {', '.join(changes)}"
     short = result["config"].get("phase1_epochs")
     if short is not None:
-        plain = result["model"].partition("_")[2]
+        plain = get_model(result["model"]).backbone.name
         return f"{verdict} (phase 1 was cut to {short} epoch(s): for a fully trained backbone run {plain} itself)"
     return f"{verdict} (a second round of training included)"
 
