@@ -52,7 +52,7 @@ def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | 
         return get_model(params["model"])(feature_map, item_features=items, pretrained=pretrained, **params)
     except UserError:
         raise
-    except (ValueError, NotImplementedError, AssertionError, IndexError) as error:
+    except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{params['model_id']}: {error}") from None
 
 
