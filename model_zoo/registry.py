@@ -161,15 +161,35 @@ def get_model(name: str) -> type[SequentialCTR]:
 
 
 def register_backbone(backbone: Backbone) -> None:
-    """Add a backbone, and with it its combinations with every method."""
+    """Add a backbone, and with it its combinations with every method.
+
+    Raises:
+        ValueError: another backbone or method has the name, or another model would be called so.
+    """
+    _claim(backbone.name, BACKBONES.get(backbone.name), backbone.block)
     BACKBONES[backbone.name] = backbone
     get_model.cache_clear()
 
 
 def register_method(method: Method) -> None:
-    """Add a method over every backbone."""
+    """Add a method over every backbone.
+
+    Raises:
+        ValueError: another backbone or method has the name.
+    """
+    _claim(method.name, METHODS.get(method.name), method.layer)
     METHODS[method.name] = method
     get_model.cache_clear()
+
+
+def _claim(name: str, present: Backbone | Method | None, made_by: type) -> None:
+    """Refuse a name that is taken; defining the same class anew (a notebook's cell run again) takes its own name over."""
+    if present is not None:
+        holder = present.block if isinstance(present, Backbone) else present.layer
+        if (holder.__module__, holder.__qualname__) == (made_by.__module__, made_by.__qualname__):
+            return
+    if name in BACKBONES or name in METHODS or name in model_names():
+        raise ValueError(f"{name} is registered already; give {made_by.__qualname__} another name")
 
 
 def model_keys(name: str) -> dict[str, inspect.Parameter]:

@@ -173,6 +173,21 @@ def test_keys_reach_the_block_and_the_method() -> None:
     assert SMALL["topk"] != 3
 
 
+@pytest.mark.parametrize("name", ["TWIN", "MoS", "MoS_TWIN"])
+def test_a_name_that_is_taken_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is registered already; give MeanBlock another name"):
+        register_backbone(Backbone(name, MeanBlock))
+    with pytest.raises(ValueError, match=f"{name} is registered already; give Doubled another name"):
+        register_method(Method(name, Doubled))
+    assert get_model("MoS_TWIN").backbone.name == "TWIN"
+
+
+def test_a_class_defined_anew_takes_its_own_name_over(own_models: None) -> None:
+    anew = type("MeanBlock", (MeanBlock,), {"__module__": MeanBlock.__module__})
+    register_backbone(Backbone("Mean", anew))
+    assert get_model("Mean").backbone.block is anew
+
+
 def test_a_method_may_have_an_underscore_in_its_name(own_models: None) -> None:
     registry.register_method(registry.Method("My_MoS", MoS, ThreePhaseCTR))
     assert get_model("My_MoS_TWIN").__name__ == "My_MoS_TWIN"

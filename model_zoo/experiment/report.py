@@ -68,6 +68,13 @@ def summary(result: dict[str, Any], folder: str, results_table: str) -> None:
             f"{router} codebook, first validation batches: share of tokens {share}; entropy {usage['entropy']:.2f} of 1; "
             f"top-1 margin {usage['margin']:.3f}; an expert reads {usage['routed']:.2f} of a history"
         )
+    if routing := result.get("routing"):
+        share = " ".join(f"{value:.3f}" for value in routing["share"])
+        text.append(
+            f"router, first validation batches: share of readings {share}; {routing['unread_rate']:.1%} of tokens "
+            f"unread; {routing['fallback_rate']:.1%} of rows left to the shared expert; "
+            f"{routing['experts_per_row']:.2f} experts a row"
+        )
     text.append(
         f"{result['seconds']['total']:.0f} s in all, peak memory {result['peak_memory']['resident_mib']:.0f} MiB\n"
         f"run folder: {folder}\nresults:    {results_table}"

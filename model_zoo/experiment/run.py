@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from model_zoo.compat import get_activation, get_regularizer, seed_everything
 from model_zoo.errors import ConfigError, DataError, UserError
 from model_zoo.experiment import record, report
 from model_zoo.experiment.config import Config
+from model_zoo.layers.routing_usage import mean_routing_stats
+from model_zoo.layers.shared_expert_moe import SharedExpertMoE
 from model_zoo.pipeline.baselines import popularity_baselines
 from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset, with_extension
 from model_zoo.pipeline.feature_map import build_feature_map
@@ -181,7 +184,7 @@ def make_loaders(dataset: CTRDataset, params: dict[str, Any]) -> dict[str, Seque
 def score(
     model: SequentialCTR, dataset: CTRDataset, loaders: dict[str, SequenceLoader], params: dict[str, Any]
 ) -> dict[str, Any]:
-    """Scores of the final model and of phase 1's backbone, of popularity, and the codebooks' usage."""
+    """Scores of the final model and of phase 1's backbone, of popularity, and how the routers spread tokens."""
     splits = [name for name in ("valid", "test") if name in loaders]
     scores = {"final": {name: model.evaluate(loaders[name]) for name in splits}}
     result: dict[str, Any] = {
@@ -192,7 +195,19 @@ def score(
         model.load_weights(model.phase_checkpoint("phase1"))
         scores["phase1"] = {name: model.evaluate(loaders[name]) for name in splits}
         model.load_weights(model.final_checkpoint)
+    elif routing := routing_report(model, loaders["valid"]):
+        result["routing"] = routing
     return {"scores": scores, **result}
+
+
+@torch.no_grad()
+def routing_report(model: SequentialCTR, batches: SequenceLoader, max_batches: int = 16) -> dict[str, Any]:
+    """How a rival method's routers, in evaluation, treat the first batches of a split; empty without such a router."""
+    layers = [layer for layer in model.method_layers() if isinstance(layer, SharedExpertMoE)]
+    if not layers:
+        return {}
+    model.eval()
+    return mean_routing_stats(layers[0].routing_stats(model._read(batch)[2]) for batch in islice(batches, max_batches))
 
 
 def _monitored(monitor: str | dict[str, float]) -> list[str]:

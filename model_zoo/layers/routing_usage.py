@@ -1,4 +1,4 @@
-"""How a codebook is used: shares, margins, routed lengths, and how far codes lag behind their members."""
+"""How routers spread tokens over experts: shares, margins, routed lengths, and how far codes lag behind their members."""
 
 from __future__ import annotations
 
@@ -75,3 +75,23 @@ def _routing_sums(router: ThemeRouter, tokens: Sequence) -> dict[str, Tensor]:
         "routed": (read / tokens.lengths.clamp(min=1))[real].sum(),
         "rows": real.sum().float(),
     }
+
+
+def mean_routing_stats(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`SharedExpertMoE.routing_stats` of several batches as if they were one: counts added up, means weighed by counts."""
+    found = [{name: torch.tensor(value, dtype=torch.double) for name, value in stats.items()} for stats in batches if stats]
+    if not found:
+        return {}
+    counts = ("rows", "tokens", "served_rows")
+    by = {"unread_rate": "tokens", "experts_per_token": "tokens", "served_length": "served_rows"}  # the rest by rows
+    readings = [stats["experts_per_token"] * stats["tokens"] for stats in found]
+    report: dict[str, Any] = {}
+    for name in found[0]:
+        if name in counts:
+            mean = torch.stack([stats[name] for stats in found]).sum(0).long()
+        else:
+            weights = readings if name == "share" else [stats[by.get(name, "rows")] for stats in found]
+            total = torch.stack([weight * stats[name] for weight, stats in zip(weights, found, strict=True)]).sum(0)
+            mean = total / torch.stack(weights).sum(0).clamp(min=1)
+        report[name] = mean.tolist()
+    return report

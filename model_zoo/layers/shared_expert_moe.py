@@ -111,7 +111,7 @@ class SharedExpertMoE(nn.Module):
             ``rows`` with history and their ``tokens``, the counts behind the means; ``fallback_rate``, share of rows that
             no expert serves; ``unread_rate``, share of tokens that no expert reads; ``experts_per_token`` and
             ``experts_per_row`` (experts that serve it), means; and by expert ``share`` of all token readings, mean
-            ``gate``, mean ``routed_length`` over all rows, and over the rows that the expert serves ``served_length``
+            ``gate``, mean ``routed_length`` over all rows, ``served_rows`` that it serves, and over these ``served_length``
             (0 if there are none). Empty if there is no router.
         """
         if self.router is None:
@@ -132,6 +132,7 @@ class SharedExpertMoE(nn.Module):
             "share": (read / read.sum().clamp(min=1)).tolist(),
             "gate": (routing.gates.double().sum(0) / rows.clamp(min=1)).tolist(),
             "routed_length": (read / rows.clamp(min=1)).tolist(),
+            "served_rows": serves.sum(0).long().tolist(),
             "served_length": ((lengths * serves).sum(0) / serves.sum(0).clamp(min=1)).tolist(),
         }
 

@@ -353,6 +353,18 @@ def test_phase_1_is_the_plain_backbones_run_of_the_same_seed(
     assert {split: pytest.approx(scores, abs=1e-9) for split, scores in plain.items()} == first
 
 
+def test_a_rival_s_record_says_how_its_router_treats_the_tokens(
+    cli: Command, tiny_config: Path, tmp_path: Path
+) -> None:
+    arguments = ("--config", tiny_config, "--expid", "TWIN_tiny", "--set", "model=GShard_TWIN")
+    answer = cli(*arguments, "--set", f"model_root={tmp_path}")
+    assert answer.code == 0, answer.err
+    [path] = tmp_path.glob("tiny/*/*/metrics.json")
+    routing = json.loads(path.read_text())["routing"]
+    assert sum(routing["share"]) == pytest.approx(1) and len(routing["served_rows"]) == len(routing["share"]) == 5
+    assert f"{routing['fallback_rate']:.1%} of rows left to the shared expert" in answer.out + answer.err
+
+
 def test_a_plain_backbone_runs_without_a_test_split_or_groups(cli: Command, tiny_config: Path, tmp_path: Path) -> None:
     settings = [
         "test_data=null",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from oracles import gradients, ragged, rows_of
 from torch import Tensor, nn
 
+from model_zoo.layers.routing_usage import mean_routing_stats
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.shared_expert_moe import DSelectK, ExpertChoice, GShard, SharedExpertMoE
 
@@ -378,6 +379,21 @@ def test_routing_stats_equal_counting_by_hand(method, aggregate):
     for number, length in enumerate(stats["served_length"]):
         served = [int(m[:, number].sum()) for m, g in zip(members, gates, strict=True) if g[number] > 0]
         assert length == pytest.approx(sum(served) / max(len(served), 1))
+        assert stats["served_rows"][number] == len(served)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_routing_stats_of_two_batches_are_those_of_both_as_one(method):
+    layer = build(method, 2, topk_experts=1)
+    _, sequence = case(seed=2, padding=2)
+    if method is GShard:  # its capacity is counted over a batch: leave room for everything
+        layer.router.capacity_factor_eval = 3.0
+    layer.eval()
+    parts = [layer.routing_stats(sequence.select(rows)) for rows in torch.arange(len(sequence.mask)).split([2, 4])]
+    assert mean_routing_stats([{}, *parts]) == {
+        name: pytest.approx(value) for name, value in layer.routing_stats(sequence).items()
+    }
+    assert mean_routing_stats([{}]) == {}
 
 
 def test_routing_stats_of_an_empty_batch():
