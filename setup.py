@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "mamba": ["mamba-ssm>=2.2"],
+        "plots": ["matplotlib>=3.7"],
         "hub": ["huggingface_hub>=0.23"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
     },

@@ -10,18 +10,18 @@ import argparse
 import glob
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from machine import ROOT, describe, markdown
+
 from model_zoo.experiment.record import write_json, write_whole
 from model_zoo.registry import model_names
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
 HEADER = [
     "model", "test AUC", "test gAUC", "test logloss", "epochs", "training s", "total s", "peak MiB", "parameters",
     "embedding", "block", "head", "of these in experts",
@@ -65,27 +65,6 @@ def row_of(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe(hardware: dict[str, Any], versions: dict[str, str]) -> str:
-    """The machine, and what ran on it, in one line."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    parts = [
-        f"{hardware['cpus']} CPUs ({cpu_name() or hardware['machine']}), {memory:.0f} GiB, {hardware['system']}",
-        f"{hardware['torch_threads']} thread(s) a run",
-        *(f"{name} {versions[name]}" for name in ("torch", "fuxictr", "python") if name in versions),
-    ]
-    return "; ".join(parts)
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor()
-
-
 def document(rows: dict[str, dict[str, Any]]) -> str:
     """The table, models in the registry's order."""
     names = model_names()
@@ -98,7 +77,6 @@ def document(rows: dict[str, dict[str, Any]]) -> str:
         counts = [f"{row['parameters'][part]:,}" for part in ("total", "embedding", "block", "head", "experts")]
         epochs = "+".join(str(count) for count in row["epochs"].values())
         lines.append([name, *scores, epochs, *seconds, f"{row['peak_mib']:,.0f}", *counts])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [HEADER, ["---"] * len(HEADER), *lines])
     machines = list(dict.fromkeys(rows[name]["machine"] for name in order))
     made = [f"- {machine}" + _holders(machine, rows, order, len(machines)) for machine in machines]
     return "\n".join([
@@ -110,7 +88,7 @@ def document(rows: dict[str, dict[str, Any]]) -> str:
         "",
         *made,
         "",
-        table,
+        markdown(HEADER, lines),
         "",
     ])  # fmt: skip
 

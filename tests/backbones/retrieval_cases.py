@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import gradients, ragged
 from torch import Tensor, nn
 
+from model_zoo.errors import ConfigError
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.target_attention import TargetAttention
 
@@ -91,10 +95,108 @@ def newest(block: Any, tokens: Tensor) -> Tensor:
     return tokens[max(len(tokens) - (block.short_seq_len - 1), 0) :]
 
 
+def distances(target: Tensor, tokens: Tensor, rotations: Tensor) -> Tensor:
+    """Hamming distances ``[t]`` to the target under rotations ``[d, bits]``."""
+    return ((tokens @ rotations > 0) != (target @ rotations > 0)).sum(-1)
+
+
 def padded(sequence: Sequence, columns: int) -> Sequence:
     """The same histories behind more padding, which points at a real item's row."""
     index = F.pad(sequence.index, (columns, 0))
     return Sequence(sequence.items, index, F.pad(sequence.mask, (columns, 0)))
+
+
+def other_padding(sequence: Sequence) -> Sequence:
+    """The same histories, padding columns pointing at other items."""
+    other = (sequence.index + 1) % len(sequence.items)
+    return Sequence(sequence.items, torch.where(sequence.mask, sequence.index, other), sequence.mask)
+
+
+def padding_gap(block: Any) -> Tensor:
+    """``[2, width]`` by how much other padding moves the answers of a one-item and of an empty row."""
+    query, sequence = case([1, 0], padding=6)
+    return (block(query, other_padding(sequence)) - block(query, sequence)).detach().abs()
+
+
+def check_padding_reaches_longctrs_short_branch(build: Callable[..., Any], short: slice) -> None:
+    """The padding vector moves columns ``short`` of every answer under longctr_compat, and nothing by default."""
+    assert float(padding_gap(build(longctr_compat=True))[:, short].amax(1).min()) > 1e-3
+    assert float(padding_gap(build(longctr_compat=False)).max()) == 0.0
+
+
+def any_histories(**options: st.SearchStrategy) -> Callable[..., Any]:
+    """Run a test ``(lengths, padding, seed, **options)`` on drawn history lengths, and on draws of a block's options."""
+    lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5)
+    drawn = given(lengths=lengths, padding=st.integers(1, 6), seed=st.integers(0, 100), **options)
+    return lambda test: settings(derandomize=True, deadline=None, max_examples=25)(drawn(test))
+
+
+def refused(*more: tuple[dict[str, Any], str]) -> Any:
+    """Run a test ``(options, message)`` on settings that every block refuses, and on more of its own."""
+    every = [
+        ({"short_seq_len": 1}, "short_seq_len must be at least 2, not 1"),
+        ({"num_heads": 5}, "must be a multiple of num_heads"),
+    ]
+    return pytest.mark.parametrize("options, message", [*more, *every])
+
+
+def check_refused(build: Callable[..., Any], options: dict[str, Any], message: str) -> None:
+    """Settings out of range raise a ValueError that names them."""
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def check_refuses_short_batches(build: Callable[..., Any], literal: Callable[..., Tensor]) -> None:
+    """Batches padded to less than the short branch's window: longctr_compat refuses them, the default reads them."""
+    query, sequence = case([4, 2])
+    with pytest.raises(ConfigError, match="padded to 4 items when short_seq_len is 5; set longctr_compat: False"):
+        build(longctr_compat=True)(query, sequence)
+    block = build()
+    torch.testing.assert_close(block(query, sequence), literal(block, query, sequence), **EXACT)
+
+
+def check_draws(
+    build: Callable[..., Any], literal: Callable[..., Tensor], shape: tuple[int, ...], take: Any = ...
+) -> None:
+    """Without reuse of rotations, evaluation repeats; training draws ``shape`` by the global seed, and draws anew.
+
+    Args:
+        build: the block's.
+        literal: the block's, with ``rotations=``.
+        shape: of the drawn rotations.
+        take: what the literal form takes of them.
+    """
+    block = build(reuse_hash=False)
+    query, sequence = case()
+    assert torch.equal(block(query, sequence), block(query, sequence))
+    torch.testing.assert_close(block(query, sequence), literal(block, query, sequence), **EXACT)
+    block.train()
+    torch.manual_seed(3)
+    output = block(query, sequence)
+    torch.manual_seed(3)
+    drawn = torch.randn(shape, dtype=torch.double)[take]
+    leaves = [query, sequence.items, *block.parameters()]
+    assert_same(output, literal(block, query, sequence, rotations=drawn), leaves)
+    assert not torch.allclose(block(query, sequence), output)
+
+
+def check_longctr_draws(
+    block: Any,
+    longctr: Callable[..., Tensor],
+    draw: Callable[[], Any],
+    lengths: list[int],
+    moves: bool = True,
+) -> None:
+    """Under longctr_compat: LongCTR's forward with its draws ``draw()``, which another seed moves if ``moves``."""
+    query, sequence = case(lengths)
+    query, sequence = one_item_a_position(query, sequence.vectors, sequence.mask)
+    torch.manual_seed(4)
+    output = block(query, sequence)
+    torch.manual_seed(4)
+    expected = longctr(block, query, sequence.vectors, sequence.mask, draw())
+    assert_same(output, expected, [query, sequence.items, *block.parameters()])
+    torch.manual_seed(6)
+    assert not moves or not torch.allclose(block(query, sequence), output)  # random in evaluation too
 
 
 def check_padding_order_and_mates(block: Any, lengths: list[int], padding: int, seed: int) -> None:

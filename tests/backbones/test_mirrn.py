@@ -1,44 +1,25 @@
 """MIRRN's block: searches, filters and both branches against their literal forms; LongCTR's quirks."""
 
+from functools import partial
+
 import pytest
+import retrieval_cases as shared
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import gradients
-from retrieval_cases import (
-    DIM,
-    EXACT,
-    LENGTHS,
-    assert_same,
-    attend,
-    by_row,
-    case,
-    check_empty,
-    check_padding_order_and_mates,
-    check_single_precision,
-    longctr_short,
-    newest,
-    one_item_a_position,
-    padded,
-    prepared,
-)
+from retrieval_cases import DIM, EXACT, LENGTHS, assert_same, case, padded, prepared
 from torch import nn
 
 from model_zoo.backbones import mirrn as module
 from model_zoo.backbones.mirrn import MIRRNBlock
 from model_zoo.errors import ConfigError
 from model_zoo.layers import retrieval
-from model_zoo.layers.sequence import Sequence
 
 
 def build(**options) -> MIRRNBlock:
     settings = {"attention_dim": 12, "num_heads": 2, "short_seq_len": 5, "topk": 3, "hash_bits": 6, "max_len": 30}
     return prepared(MIRRNBlock(DIM, **{**settings, **options}))
-
-
-def distances(target, tokens, rotations):
-    return ((tokens @ rotations > 0) != (target @ rotations > 0)).sum(-1)
 
 
 def filtered(part, vectors):
@@ -57,7 +38,7 @@ def interests(block: MIRRNBlock, target, tokens, rotations, slots=0):
     """One row alone: three searches, places from the newest item, filters, means, ``[3, d]``."""
     found = []
     for centre, part in zip((target, tokens[-16:].mean(0), tokens.mean(0)), block.MHFT_block, strict=True):
-        distance = distances(centre, tokens, rotations).tolist()
+        distance = shared.distances(centre, tokens, rotations).tolist()
         kept = sorted(sorted(range(len(tokens)), key=lambda t: (distance[t], -t))[: block.topk])
         places = torch.tensor([len(tokens) - t for t in kept])
         vectors = tokens[kept] + 0.02 * block.pos(places)
@@ -72,11 +53,11 @@ def literal(block: MIRRNBlock, query, sequence, scale: bool = True, rotations=No
     def row(target, tokens):
         if len(tokens) == 0:
             return torch.zeros(2 * DIM, dtype=torch.double)
-        short = attend(block.short_attention, target, newest(block, tokens), scale=scale)
+        short = shared.attend(block.short_attention, target, shared.newest(block, tokens), scale=scale)
         three = interests(block, target, tokens, rotations, slots)
-        return torch.cat([short, attend(block.long_attention, target, three, scale=scale)])
+        return torch.cat([short, shared.attend(block.long_attention, target, three, scale=scale)])
 
-    return by_row(row, query, sequence)
+    return shared.by_row(row, query, sequence)
 
 
 def longctr(block: MIRRNBlock, query, vectors, mask, rotations):
@@ -90,14 +71,14 @@ def longctr(block: MIRRNBlock, query, vectors, mask, rotations):
     )
     stacked = []
     for centre, drawn, part in zip(centres, rotations, block.MHFT_block, strict=True):
-        likeness = -distances(centre.unsqueeze(1), vectors, drawn).float()
+        likeness = -shared.distances(centre.unsqueeze(1), vectors, drawn).float()
         likeness = likeness.masked_fill(~mask, -(block.lsh.num_hashes + 1.0))
         kept = likeness.topk(min(block.topk, length), dim=1, largest=True, sorted=True).indices.sort(-1).values
         rows = [filtered(part, v[k] + 0.02 * block.pos(length - k)).mean(0) for v, k in zip(vectors, kept)]
         stacked.append(torch.stack(rows))
     three = torch.stack(stacked, 1)
-    long = torch.stack([attend(block.long_attention, q, t) for q, t in zip(query, three)])
-    return torch.cat([longctr_short(block, query, vectors, mask), long], -1)
+    long = torch.stack([shared.attend(block.long_attention, q, t) for q, t in zip(query, three)])
+    return torch.cat([shared.longctr_short(block, query, vectors, mask), long], -1)
 
 
 @pytest.mark.parametrize("heads, use_scale", [(1, True), (4, True), (2, False)])
@@ -141,18 +122,7 @@ def test_what_is_retrieved_is_in_time_order_and_places_count_from_the_newest(mon
 
 
 def test_without_reuse_evaluation_repeats_and_training_draws_one_rotation_by_the_global_seed():
-    block = build(reuse_hash=False, filter_dropout=0.0)
-    query, sequence = case()
-    assert torch.equal(block(query, sequence), block(query, sequence))
-    torch.testing.assert_close(block(query, sequence), literal(block, query, sequence), **EXACT)
-    block.train()
-    torch.manual_seed(3)
-    output = block(query, sequence)
-    torch.manual_seed(3)
-    drawn = torch.randn(DIM, 6, dtype=torch.double)
-    leaves = [query, sequence.items, *block.parameters()]
-    assert_same(output, literal(block, query, sequence, rotations=drawn), leaves)
-    assert not torch.allclose(block(query, sequence), output)
+    shared.check_draws(partial(build, filter_dropout=0.0), literal, (DIM, 6))
 
 
 def test_the_filters_dropout_is_a_key():
@@ -182,21 +152,13 @@ def test_groups_of_rows_of_any_size_give_the_same(monkeypatch):
 def test_longctr_compat_is_longctrs_forward_with_its_draws(topk, training):
     """Rows: full, padding inside the window, fewer items than topk, none."""
     block = build(longctr_compat=True, reuse_hash=False, topk=topk, filter_dropout=0.0).train(training)
-    query, sequence = case([20, 19, 7, 3, 1, 0])
-    query, sequence = one_item_a_position(query, sequence.vectors, sequence.mask)
-    torch.manual_seed(4)
-    output = block(query, sequence)
-    torch.manual_seed(4)
-    drawn = [torch.randn(DIM, 6, dtype=torch.double) for _ in range(3)]
-    expected = longctr(block, query, sequence.vectors, sequence.mask, drawn)
-    assert_same(output, expected, [query, sequence.items, *block.parameters()])
-    torch.manual_seed(6)
-    assert topk == 20 or not torch.allclose(block(query, sequence), output)  # random in evaluation too
+    draw = lambda: [torch.randn(DIM, 6, dtype=torch.double) for _ in range(3)]  # noqa: E731
+    shared.check_longctr_draws(block, longctr, draw, [20, 19, 7, 3, 1, 0], moves=topk < 20)
 
 
 def test_longctrs_prediction_depends_on_padding_and_the_default_one_does_not():
     query, sequence = case([1, 2, 3], padding=9)
-    moved = Sequence(sequence.items, torch.where(sequence.mask, sequence.index, (sequence.index + 1) % 9), sequence.mask)
+    moved = shared.other_padding(sequence)
     for compat in (True, False):
         block = build(longctr_compat=compat, topk=5)
         for other in (moved, padded(sequence, 6)):
@@ -217,11 +179,7 @@ def test_by_default_a_filter_has_its_living_weights_alone():
 
 
 def test_longctr_compat_refuses_batches_that_longctr_cannot_run_and_the_default_reads_them():
-    query, sequence = case([4, 2])
-    with pytest.raises(ConfigError, match="padded to 4 items when short_seq_len is 5; set longctr_compat: False"):
-        build(longctr_compat=True)(query, sequence)
-    block = build()
-    torch.testing.assert_close(block(query, sequence), literal(block, query, sequence), **EXACT)
+    shared.check_refuses_short_batches(build, literal)
 
 
 # ---- short, long and empty histories, settings
@@ -229,11 +187,11 @@ def test_longctr_compat_refuses_batches_that_longctr_cannot_run_and_the_default_
 
 @pytest.mark.parametrize("mask_retrieved", [True, False])
 def test_single_precision_is_finite(mask_retrieved):
-    check_single_precision(build(mask_retrieved=mask_retrieved))
+    shared.check_single_precision(build(mask_retrieved=mask_retrieved))
 
 
 def test_empty_histories_give_exact_zeros():
-    check_empty(build(), 2 * DIM)
+    shared.check_empty(build(), 2 * DIM)
 
 
 def test_histories_longer_than_the_position_table_are_refused_and_padding_beyond_it_is_not():
@@ -250,28 +208,11 @@ def test_the_position_table_counts_as_an_embedding_and_starts_as_longctrs():
     assert float(table.weight.detach().std()) == pytest.approx(1.0, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"hash_bits": 0}, "hash_bits must be at least 1, not 0"),
-        ({"topk": 0}, "topk must be at least 1, not 0"),
-        ({"max_len": 0}, "max_len must be at least 1, not 0"),
-        ({"short_seq_len": 1}, "short_seq_len must be at least 2, not 1"),
-        ({"num_heads": 5}, "must be a multiple of num_heads"),
-    ],
-)
+@shared.refused(*(({key: 0}, f"{key} must be at least 1, not 0") for key in ("hash_bits", "topk", "max_len")))
 def test_settings_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        build(**options)
+    shared.check_refused(build, options, message)
 
 
-@settings(derandomize=True, deadline=None, max_examples=25)
-@given(
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    padding=st.integers(1, 6),
-    topk=st.sampled_from([1, 3, 6]),
-    mask_retrieved=st.booleans(),
-    seed=st.integers(0, 100),
-)
-def test_padding_row_order_and_batch_mates_do_not_matter(lengths, padding, topk, mask_retrieved, seed):
-    check_padding_order_and_mates(build(topk=topk, mask_retrieved=mask_retrieved), lengths, padding, seed)
+@shared.any_histories(topk=st.sampled_from([1, 3, 6]), mask_retrieved=st.booleans())
+def test_padding_row_order_and_batch_mates_do_not_matter(lengths, padding, seed, **options):
+    shared.check_padding_order_and_mates(build(**options), lengths, padding, seed)

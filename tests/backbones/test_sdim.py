@@ -3,32 +3,15 @@
 import math
 
 import pytest
+import retrieval_cases as shared
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import gradients, ragged
-from retrieval_cases import (
-    DIM,
-    EXACT,
-    LENGTHS,
-    assert_same,
-    attend,
-    by_row,
-    case,
-    check_empty,
-    check_padding_order_and_mates,
-    check_single_precision,
-    longctr_short,
-    newest,
-    one_item_a_position,
-    padded,
-    prepared,
-)
+from retrieval_cases import DIM, EXACT, LENGTHS, assert_same, case, one_item_a_position, padded, prepared
 from torch import nn
 
 from model_zoo.backbones.sdim import SDIMBlock
-from model_zoo.errors import ConfigError
 from model_zoo.layers.mos import MoS
 from model_zoo.layers.sequence import Sequence
 
@@ -60,17 +43,17 @@ def literal(block: SDIMBlock, query, sequence, scale: bool = True, rotations=Non
     rotations = block.long.lsh.random_rotations[0] if rotations is None else rotations
 
     def row(target, tokens):
-        short = attend(block.short_attention, target, newest(block, tokens), scale=scale)
+        short = shared.attend(block.short_attention, target, shared.newest(block, tokens), scale=scale)
         return torch.cat([pooled(target, tokens, rotations, block.long.l2_norm), short])
 
-    return by_row(row, query, sequence)
+    return shared.by_row(row, query, sequence)
 
 
 def longctr(block: SDIMBlock, query, vectors, mask, rotations):
     """LongCTR's forward with a rotation a row, ``[B, d, H, bits]``."""
     rows = zip(query, vectors, mask, rotations)
     long = torch.stack([pooled(q, v[m], r, block.long.l2_norm) for q, v, m, r in rows])
-    return torch.cat([long, longctr_short(block, query, vectors, mask)], -1)
+    return torch.cat([long, shared.longctr_short(block, query, vectors, mask)], -1)
 
 
 @pytest.mark.parametrize("l2_norm", [False, True])
@@ -176,18 +159,7 @@ def test_with_many_hashes_of_one_bit_an_items_weight_is_one_less_its_angle_over_
 
 
 def test_without_reuse_evaluation_repeats_and_training_draws_by_the_global_seed():
-    block = build(reuse_hash=False)
-    query, sequence = case()
-    assert torch.equal(block(query, sequence), block(query, sequence))
-    torch.testing.assert_close(block(query, sequence), literal(block, query, sequence), **EXACT)
-    block.train()
-    torch.manual_seed(3)
-    output = block(query, sequence)
-    torch.manual_seed(3)
-    drawn = torch.randn(1, DIM, 3, 2, dtype=torch.double)[0]
-    leaves = [query, sequence.items, *block.parameters()]
-    assert_same(output, literal(block, query, sequence, rotations=drawn), leaves)
-    assert not torch.allclose(block(query, sequence), output)
+    shared.check_draws(build, literal, (1, DIM, 3, 2), 0)
 
 
 def test_the_blocks_of_a_mixture_hash_alike():
@@ -209,34 +181,16 @@ def test_the_blocks_of_a_mixture_hash_alike():
 def test_longctr_compat_is_longctrs_forward_with_its_draws(l2_norm, training):
     """Rows: full, padding inside the window, one item, none."""
     block = build(longctr_compat=True, reuse_hash=False, l2_norm=l2_norm).train(training)
-    query, sequence = case([8, 7, 3, 1, 0])
-    query, sequence = one_item_a_position(query, sequence.vectors, sequence.mask)
-    torch.manual_seed(4)
-    output = block(query, sequence)
-    torch.manual_seed(4)
-    drawn = torch.randn(5, DIM, 3, 2, dtype=torch.double)
-    expected = longctr(block, query, sequence.vectors, sequence.mask, drawn)
-    assert_same(output, expected, [query, sequence.items, *block.parameters()])
-    torch.manual_seed(6)
-    assert not torch.allclose(block(query, sequence), output)  # random in evaluation too
+    draw = lambda: torch.randn(5, DIM, 3, 2, dtype=torch.double)  # noqa: E731
+    shared.check_longctr_draws(block, longctr, draw, [8, 7, 3, 1, 0])
 
 
 def test_longctr_compat_refuses_batches_that_longctr_cannot_run_and_the_default_reads_them():
-    query, sequence = case([4, 2])
-    with pytest.raises(ConfigError, match="padded to 4 items when short_seq_len is 5; set longctr_compat: False"):
-        build(longctr_compat=True)(query, sequence)
-    block = build()
-    torch.testing.assert_close(block(query, sequence), literal(block, query, sequence), **EXACT)
+    shared.check_refuses_short_batches(build, literal)
 
 
 def test_the_padding_vector_reaches_longctrs_short_branch_and_not_the_default():
-    query, sequence = case([1, 0], padding=6)
-    moved = Sequence(sequence.items.clone(), sequence.index.clone(), sequence.mask)
-    moved.index[~moved.mask] = (moved.index[~moved.mask] + 1) % len(moved.items)
-    for compat in (True, False):
-        block = build(longctr_compat=compat)
-        gap = (block(query, moved) - block(query, sequence)).detach().abs().amax(1)
-        assert bool((gap > 1e-3).all()) if compat else float(gap.max()) == 0.0
+    shared.check_padding_reaches_longctrs_short_branch(build, slice(DIM, None))
 
 
 def test_a_checkpoints_place_values_are_those_of_longctr():
@@ -248,12 +202,12 @@ def test_a_checkpoints_place_values_are_those_of_longctr():
 
 @pytest.mark.parametrize("l2_norm", [False, True])
 def test_empty_histories_give_exact_zeros(l2_norm):
-    check_empty(build(l2_norm=l2_norm), 2 * DIM)
+    shared.check_empty(build(l2_norm=l2_norm), 2 * DIM)
 
 
 @pytest.mark.parametrize("l2_norm", [False, True])
 def test_single_precision_is_finite(l2_norm):
-    check_single_precision(build(l2_norm=l2_norm, hash_bits=6))
+    shared.check_single_precision(build(l2_norm=l2_norm, hash_bits=6))
 
 
 def test_a_history_of_the_target_alone_collides_in_every_hash():
@@ -263,29 +217,14 @@ def test_a_history_of_the_target_alone_collides_in_every_hash():
     torch.testing.assert_close(output[:, :DIM], query, **EXACT)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"num_hashes": 0}, "num_hashes must be at least 1, not 0"),
-        ({"hash_bits": 0}, "hash_bits must lie in"),
-        ({"short_seq_len": 1}, "short_seq_len must be at least 2, not 1"),
-        ({"num_heads": 5}, "must be a multiple of num_heads"),
-    ],
-)
+@shared.refused(({"num_hashes": 0}, "num_hashes must be at least 1, not 0"), ({"hash_bits": 0}, "hash_bits must lie in"))
 def test_settings_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        build(**options)
+    shared.check_refused(build, options, message)
 
 
-@settings(derandomize=True, deadline=None, max_examples=25)
-@given(
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    padding=st.integers(1, 6),
-    l2_norm=st.booleans(),
-    seed=st.integers(0, 100),
-)
-def test_padding_row_order_and_batch_mates_do_not_matter(lengths, padding, l2_norm, seed):
-    check_padding_order_and_mates(build(l2_norm=l2_norm), lengths, padding, seed)
+@shared.any_histories(l2_norm=st.booleans())
+def test_padding_row_order_and_batch_mates_do_not_matter(lengths, padding, seed, **options):
+    shared.check_padding_order_and_mates(build(**options), lengths, padding, seed)
 
 
 def test_a_wrapped_long_branch_ends_in_a_map_that_starts_as_the_identity():

@@ -4,33 +4,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import retrieval_cases as shared
 import torch
 from golden_files import RELATIVE, Golden, close, small_model, tiny_dataset, tiny_loader
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import gradients
-from retrieval_cases import (
-    DIM,
-    EXACT,
-    LENGTHS,
-    assert_same,
-    attend,
-    by_row,
-    case,
-    check_empty,
-    check_padding_order_and_mates,
-    check_single_precision,
-    longctr_short,
-    newest,
-    one_item_a_position,
-    prepared,
-)
+from retrieval_cases import DIM, EXACT, LENGTHS, assert_same, case, one_item_a_position, prepared
 from torch import nn
 
 from model_zoo.backbones.sim import SIMBlock
-from model_zoo.errors import ConfigError
 from model_zoo.layers.heads import HeadInputs, HeadShape
-from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.sim_head import SIMHead
 
 
@@ -42,10 +25,10 @@ def literal(block: SIMBlock, query, sequence):
     def row(target, tokens):
         scores = block.W_b(tokens) @ block.W_a(target)
         best = scores.detach().argsort(descending=True)[: block.topk]
-        short = attend(block.short_attention, target, newest(block, tokens))
-        return torch.cat([short, attend(block.long_attention, target, tokens[best]), scores @ tokens])
+        short = shared.attend(block.short_attention, target, shared.newest(block, tokens))
+        return torch.cat([short, shared.attend(block.long_attention, target, tokens[best]), scores @ tokens])
 
-    return by_row(row, query, sequence)
+    return shared.by_row(row, query, sequence)
 
 
 def longctr(block: SIMBlock, query, vectors, mask):
@@ -53,9 +36,9 @@ def longctr(block: SIMBlock, query, vectors, mask):
     scores = torch.einsum("ba,bta->bt", block.W_a(query), block.W_b(vectors)) * mask
     kept = scores.topk(min(block.topk, mask.shape[1]), dim=1).indices
     rows = zip(query, vectors, mask, kept)
-    long = torch.stack([attend(block.long_attention, q, v[k], m[k]) for q, v, m, k in rows])
+    long = torch.stack([shared.attend(block.long_attention, q, v[k], m[k]) for q, v, m, k in rows])
     pooled = torch.einsum("bt,btd->bd", scores, vectors)
-    return torch.cat([longctr_short(block, query, vectors, mask), long, pooled], -1)
+    return torch.cat([shared.longctr_short(block, query, vectors, mask), long, pooled], -1)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -118,56 +101,32 @@ def test_padding_displaces_real_items_of_negative_score_in_longctr_alone():
 
 
 def test_longctr_compat_refuses_batches_that_longctr_cannot_run_and_the_default_reads_them():
-    query, sequence = case([4, 2])
-    with pytest.raises(ConfigError, match="padded to 4 items when short_seq_len is 5; set longctr_compat: False"):
-        build(longctr_compat=True)(query, sequence)
-    block = build()
-    torch.testing.assert_close(block(query, sequence), literal(block, query, sequence), **EXACT)
+    shared.check_refuses_short_batches(build, literal)
 
 
 def test_the_padding_vector_reaches_longctrs_branches_and_not_the_default():
-    query, sequence = case([1, 0], padding=6)
-    moved = Sequence(sequence.items, torch.where(sequence.mask, sequence.index, (sequence.index + 1) % 9), sequence.mask)
-    for compat in (True, False):
-        block = build(longctr_compat=compat)
-        gap = (block(query, moved) - block(query, sequence)).detach().abs()
-        assert float(gap[:, :DIM].amax(1).min()) > 1e-3 if compat else float(gap.max()) == 0.0
+    shared.check_padding_reaches_longctrs_short_branch(build, slice(DIM))
 
 
 # ---- short and empty histories, settings
 
 
 def test_empty_histories_give_exact_zeros():
-    check_empty(build(), 3 * DIM)
+    shared.check_empty(build(), 3 * DIM)
 
 
 def test_single_precision_is_finite():
-    check_single_precision(build())
+    shared.check_single_precision(build())
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"gsu_type": "hard"}, "gsu_type must be soft, not hard"),
-        ({"topk": 0}, "topk must be at least 1, not 0"),
-        ({"short_seq_len": 1}, "short_seq_len must be at least 2, not 1"),
-        ({"num_heads": 5}, "must be a multiple of num_heads"),
-    ],
-)
+@shared.refused(({"gsu_type": "hard"}, "gsu_type must be soft, not hard"), ({"topk": 0}, "topk must be at least 1, not 0"))
 def test_settings_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        build(**options)
+    shared.check_refused(build, options, message)
 
 
-@settings(derandomize=True, deadline=None, max_examples=25)
-@given(
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    padding=st.integers(1, 6),
-    topk=st.sampled_from([1, 3, 50]),
-    seed=st.integers(0, 100),
-)
-def test_padding_row_order_and_batch_mates_do_not_matter(lengths, padding, topk, seed):
-    check_padding_order_and_mates(build(topk=topk), lengths, padding, seed)
+@shared.any_histories(topk=st.sampled_from([1, 3, 50]))
+def test_padding_row_order_and_batch_mates_do_not_matter(lengths, padding, seed, **options):
+    shared.check_padding_order_and_mates(build(**options), lengths, padding, seed)
 
 
 # ---- the head
