@@ -22,6 +22,7 @@ from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset, w
 from model_zoo.pipeline.feature_map import build_feature_map
 from model_zoo.pipeline.loader import SequenceLoader
 from model_zoo.pipeline.pretrained_vectors import load_pretrained
+from model_zoo.pipeline.resident import ResidentHistories, ResidentLoader, resident_splits
 from model_zoo.registry import get_model, model_keys
 from model_zoo.sequential_ctr import SequentialCTR
 from model_zoo.three_phase import ThreePhaseCTR
@@ -164,21 +165,26 @@ def check_eval_steps(model: SequentialCTR, batches: int, params: dict[str, Any])
 
 
 def make_loaders(dataset: CTRDataset, params: dict[str, Any]) -> dict[str, SequenceLoader]:
-    """A loader per split; only training is shuffled."""
+    """A loader per split; only training is shuffled.
+
+    Raises:
+        DataError: BatchNorm would train on one row.
+        ConfigError: streamed data are wanted on the device whole.
+    """
     if params.get("batch_norm") and min(params["batch_size"], len(dataset.splits["train"])) < 2:
         raise DataError(f"{dataset.splits['train'].path}: batch_norm needs at least two rows a batch")
-    return {
-        name: SequenceLoader(
-            dataset,
-            name,
-            params["batch_size"],
-            params["max_len"],
-            shuffle=name == "train" and params["shuffle"],
-            seed=params["seed"],
-            training=name == "train",
-        )
-        for name in dataset.splits
-    }
+    device = torch.device("cuda", params["gpu"]) if params["gpu"] >= 0 else torch.device("cpu")
+    resident = resident_splits(dataset, device, params["data_on_device"])
+    histories = ResidentHistories.of(dataset.histories, device) if resident else None
+
+    def loader(name: str) -> SequenceLoader:
+        order = {"shuffle": name == "train" and params["shuffle"], "seed": params["seed"], "training": name == "train"}
+        where = (dataset, name, params["batch_size"], params["max_len"])
+        if name in resident:
+            return ResidentLoader(*where, device=device, histories=histories, **order)
+        return SequenceLoader(*where, device=device, prefetch=params["prefetch"], **order)
+
+    return {name: loader(name) for name in dataset.splits}
 
 
 def score(

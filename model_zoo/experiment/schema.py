@@ -53,6 +53,9 @@ DATA_KEYS: dict[str, Any] = {
     "feature_cols": list[dict[str, Any]],
     "label_col": dict[str, Any] | list[dict[str, Any]],
     "rebuild_dataset": Literal[False],
+    "memory_limit_mib": int | None,
+    "prefetch": int | None,
+    "data_on_device": bool | Literal["auto"],
 }
 #: keys that LongCTR's and FuxiCTR's configs carry and that have nothing to set here
 IGNORED_KEYS = {
@@ -71,6 +74,7 @@ LOWER_BOUNDS = {
     "topk_experts": 1, "aux_weight": 0, "first_k_cols": 1, "transformer_layers": 1, "d_state": 1, "d_conv": 1,
     "num_layers": 1, "expand": 1, "hidden_dim": 1, "inner_dim": 1, "max_positions": 1,
     "router_hidden": 1, "router_init_std": 0, "last_k": 1, "low_rank": 1, "dim_feedforward": 1, "num_cross_layers": 1,
+    "memory_limit_mib": 1, "prefetch": 0,
     "dnn_hidden_units": 1, "embedding_regularizer": 0, "net_regularizer": 0, "max_gradient_norm": 0,
 }  # fmt: skip
 SEED_LIMIT = 2**32  # numpy's
@@ -79,6 +83,7 @@ DEFAULTS: dict[str, Any] = {
     "model_root": "./checkpoints/", "seed": 2024, "epochs": 100, "batch_size": 8192, "max_len": 50, "shuffle": True,
     "metrics": ["gAUC", "AUC", "logloss"], "monitor": {"gAUC": 1, "AUC": 1}, "verbose": 1, "gpu": -1,
     "group_id": None, "embedding_dim": 10, "max_gradient_norm": 10.0,
+    "memory_limit_mib": None, "prefetch": None, "data_on_device": "auto",
 }  # fmt: skip
 
 

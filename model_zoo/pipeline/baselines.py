@@ -15,12 +15,16 @@ def popularity_baselines(dataset: CTRDataset, split: str, metrics: list[str]) ->
         ``item popularity`` (training clicks of the item) and ``item CTR`` (its click rate, smoothed by one impression at
         the overall rate), each with ``metrics`` (logloss only for the latter).
     """
-    train, part = dataset.splits["train"], dataset.splits[split]
-    clicks = np.bincount(train.item_index, weights=train.label, minlength=dataset.num_items)
-    shown = np.bincount(train.item_index, minlength=dataset.num_items)
-    rate = (clicks + train.label.mean()) / (shown + 1.0)
+    clicks, shown = np.zeros(dataset.num_items), np.zeros(dataset.num_items)
+    for part in dataset.splits["train"].parts():
+        clicks += np.bincount(part.item_index, weights=part.label, minlength=dataset.num_items)
+        shown += np.bincount(part.item_index, minlength=dataset.num_items)
+    rate = (clicks + clicks.sum() / shown.sum()) / (shown + 1.0)
+    scored = [(part.label, part.item_index, part.group) for part in dataset.splits[split].parts()]
+    label, item = (np.concatenate([columns[side] for columns in scored]) for side in (0, 1))
+    group = None if scored[0][2] is None else np.concatenate([columns[2] for columns in scored])
     ranking = [name for name in metrics if name not in ("logloss", "binary_crossentropy")]
     return {
-        "item popularity": evaluate_metrics(part.label, clicks[part.item_index], ranking, part.group),
-        "item CTR": evaluate_metrics(part.label, rate[part.item_index], metrics, part.group),
+        "item popularity": evaluate_metrics(label, clicks[item], ranking, group),
+        "item CTR": evaluate_metrics(label, rate[item], metrics, group),
     }

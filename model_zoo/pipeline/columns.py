@@ -6,10 +6,13 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from model_zoo.errors import DataError
 
@@ -18,6 +21,30 @@ Offsets = npt.NDArray[np.int64]
 
 #: one more than the largest int64, exact as a float
 TOO_LARGE = 2.0**63
+#: integer types whose values may not fit into int64
+BEYOND_INT64 = tuple(getattr(pl, name) for name in ("UInt64", "Int128", "UInt128") if hasattr(pl, name))
+
+
+class FilePart(str):
+    """A file's path together with the number of the first row that was read, which messages about rows count from."""
+
+    first_row: int
+
+    def __new__(cls, path: str, first_row: int) -> FilePart:
+        part = super().__new__(cls, path)
+        part.first_row = first_row
+        return part
+
+
+def row_name(path: str, row: int) -> str:
+    """``row N``, N being the number in the whole file."""
+    return f"row {getattr(path, 'first_row', 0) + row}"
+
+
+def such(path: str, bad: Array, what: str) -> str:
+    """How many, and where they were counted."""
+    within = " in its row group" if isinstance(path, FilePart) else ""
+    return f"{int(bad.sum())} such {what}{within}"
 
 
 def column_names(path: str) -> list[str]:
@@ -30,8 +57,11 @@ def column_names(path: str) -> list[str]:
         return _scan(path).collect_schema().names()
 
 
-def read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:
+def read_table(path: str, columns: Sequence[str], rows: tuple[int, int] | None = None) -> pl.DataFrame:
     """The named columns of a parquet file.
+
+    Args:
+        rows: first row and the row behind the last; default: all. Only row groups that hold some of them are decoded.
 
     Raises:
         DataError: missing file, unreadable file, missing column.
@@ -43,7 +73,8 @@ def read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise DataError(f"{path}: no column '{missing[0]}'{hint}; it has {', '.join(present)}")
     with _readable(path):
-        return _scan(path).select(columns).collect()
+        scan = _scan(path) if rows is None else _scan(path).slice(rows[0], rows[1] - rows[0])
+        return scan.select(columns).collect()
 
 
 def row_count(path: str) -> int:
@@ -54,6 +85,18 @@ def row_count(path: str) -> int:
     """
     with _readable(path):
         return int(_scan(path).select(pl.len()).collect().item())
+
+
+def row_groups(path: str) -> list[int]:
+    """Where the row groups of a parquet file begin, and the number of its rows, from its footer.
+
+    Raises:
+        DataError: missing or unreadable file.
+    """
+    with _readable(path):
+        footer = pq.read_metadata(path)
+        sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    return [0, *np.cumsum([size for size in sizes if size]).tolist()]
 
 
 def _scan(path: str) -> pl.LazyFrame:
@@ -68,7 +111,7 @@ def _readable(path: str) -> Iterator[None]:
         raise DataError(f"{path}: no such file; see data/README.md for how to get or build the data set")
     try:
         yield
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a readable parquet file ({reason}); copy or build it again") from None
 
@@ -120,8 +163,11 @@ def ids(series: pl.Series, path: str, vocab_size: int, offsets: Offsets | None =
     return values.astype(np.int32)
 
 
-def groups(series: pl.Series, path: str) -> npt.NDArray[np.int64]:
+def groups(series: pl.Series, path: str, distinct: pl.Series | None = None) -> npt.NDArray[np.int64]:
     """A column of group ids of any scalar type as int64 ``[N]``, equal where the ids are.
+
+    Args:
+        distinct: every id of the file, once, if ``series`` is a part of the file whose ids may need numbering.
 
     Raises:
         DataError: null, NaN, or a list.
@@ -131,10 +177,28 @@ def groups(series: pl.Series, path: str) -> npt.NDArray[np.int64]:
     _refuse(series.is_null().to_numpy(), series, path, "is null; give every row a group")
     if series.dtype.is_float():
         _refuse(series.is_nan().to_numpy(), series, path, "is NaN; give every row a group")
+    if distinct is not None:
+        return series.replace_strict(distinct, groups(distinct, path), return_dtype=pl.Int64).to_numpy()
     if series.dtype.is_numeric():
         with suppress(DataError):  # fractions, and hashes beyond int64, are numbered below
             return integers(series, path)
     return series.rank("dense").cast(pl.Int64).to_numpy()
+
+
+def distinct_groups(path: str, column: str, bounds: Sequence[int]) -> pl.Series | None:
+    """Every group id of a file once, read by row groups; None if they are whole numbers, which need no numbering.
+
+    Args:
+        bounds: from `row_groups`.
+    """
+    found: pl.Series | None = None
+    for start, end in pairwise(bounds):
+        series = read_table(path, [column], (start, end))[column]
+        if series.dtype.is_nested() or (series.dtype.is_integer() and series.dtype not in BEYOND_INT64):
+            return None
+        known = series.drop_nulls().drop_nans().unique() if series.dtype.is_float() else series.drop_nulls().unique()
+        found = known if found is None else pl.concat([found, known]).unique()
+    return None if found is None else found.sort()
 
 
 def id_lists(series: pl.Series, path: str, vocab_size: int, max_len: int) -> npt.NDArray[np.int32]:
@@ -215,8 +279,8 @@ def _refuse(bad: Array, series: pl.Series, path: str, reason: str, offsets: Offs
     place = int(np.argmax(bad))
     value = series[place]
     shown = str(value.to_list()[:8] if isinstance(value, pl.Series) else value)
-    row, what = f"row {place}", "rows"
+    row, what = row_name(path, place), "rows"
     if offsets is not None:
         number = int(np.searchsorted(offsets, place, side="right")) - 1
-        row, what = f"row {number}, position {place - offsets[number]}", "values"
-    raise DataError(f"{path}: column '{series.name}', {row}: {shown} {reason} ({int(bad.sum())} such {what})")
+        row, what = f"{row_name(path, number)}, position {place - offsets[number]}", "values"
+    raise DataError(f"{path}: column '{series.name}', {row}: {shown} {reason} ({such(path, bad, what)})")

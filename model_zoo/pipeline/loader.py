@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from model_zoo.batch import Batch, LongCTRBatch
 from model_zoo.pipeline.dataset import CTRDataset, Histories, Split
+from model_zoo.pipeline.device_data import pinned, transferred
+from model_zoo.pipeline.prefetch import in_background
+from model_zoo.pipeline.streaming import StreamedSplit, batches_of, in_memory
+
+#: batches made ahead for a CUDA device by default
+PREFETCHED = 2
+#: bytes of history that are copied and masked at a time, few enough to stay in a core's cache
+CACHED_BYTES = 2**18
 
 
 class SequenceLoader:
     """Iterates over a split.
 
-    The order of an epoch is a function of ``(seed, epoch)`` alone. A training epoch whose last batch would hold one row
-    gives that row to the batch before it, so that BatchNorm never sees a single row.
+    The order of an epoch is a function of ``(seed, epoch)`` alone (of a streamed split, of its ``block_rows`` too). A
+    training epoch whose last batch would hold one row gives that row to the batch before it, so that BatchNorm never
+    sees a single row.
 
     Args:
         dataset: where the histories and the split are.
@@ -28,6 +38,10 @@ class SequenceLoader:
         shuffle: new order each epoch (`set_epoch`).
         seed: of the order.
         training: the batches are trained on (implied by ``shuffle``).
+        prefetch: batches that a thread makes ahead of the one in use; 0: none, and no thread. Default: 2 for a CUDA
+            device, which computes meanwhile; 0 for the CPU, whose cores the model has use for.
+        device: where the batches are wanted. For a CUDA device they are made in pinned memory and copied there on a
+            stream of their own, each while the one before it is in use.
     """
 
     def __init__(
@@ -39,13 +53,17 @@ class SequenceLoader:
         shuffle: bool = False,
         seed: int = 0,
         training: bool = False,
+        prefetch: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.split: Split = dataset.splits[split]
+        self.split: Split | StreamedSplit = dataset.splits[split]
         self.histories = dataset.histories
         self.batch_size = batch_size
         self.max_len = max_len
         self.shuffle = shuffle
         self.seed = seed
+        self.device = torch.device(device)
+        self.prefetch = prefetch if prefetch is not None else PREFETCHED if self.device.type == "cuda" else 0
         self.epoch = 0
         rows = len(self.split)
         self._bounds = [*range(0, rows, batch_size), rows]
@@ -60,42 +78,83 @@ class SequenceLoader:
         self.epoch = epoch
 
     def order(self) -> npt.NDArray[np.int64]:
-        """Row numbers in this epoch's order."""
-        rows = np.arange(len(self.split))
-        return np.random.default_rng([self.seed, self.epoch]).permutation(rows) if self.shuffle else rows
+        """Row numbers in this epoch's order (of a split in memory)."""
+        rows = np.arange(len(in_memory(self.split)))
+        return self._generator().permutation(rows) if self.shuffle else rows
 
     def __iter__(self) -> Iterator[Batch]:
-        order = self.order()
-        for start, end in zip(self._bounds[:-1], self._bounds[1:], strict=True):
-            yield self.batch(order[start:end])
+        batches = self.batches()
+        if self.prefetch:
+            batches = in_background(batches, self.prefetch)
+        return batches if self.device.type == "cpu" else transferred(batches, self.device)
+
+    def batches(self) -> Iterator[Batch]:
+        """This epoch's batches on the CPU, made as they are asked for."""
+        if isinstance(self.split, Split):
+            blocks = iter([(self.split, self.order())])
+        else:
+            blocks = self.split.blocks(self._generator() if self.shuffle else None)
+        for part in batches_of(blocks, np.diff(self._bounds).tolist()):
+            yield self._batch(part)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """The given rows as a batch."""
-        split = self.split
-        history = gather_histories(self.histories, split.user_index[rows], split.seq_len[rows], self.max_len)
+        """The given rows as a batch (of a split in memory)."""
+        return self._batch(in_memory(self.split).take(rows))
+
+    def _batch(self, part: Split) -> Batch:
+        pin = self.device.type == "cuda"
+        history = gather_histories(self.histories, part.user_index, part.seq_len, self.max_len, pinned if pin else np.empty)
+        assert part.rows is not None
         return Batch(
             history=torch.from_numpy(history),
-            target=torch.from_numpy(split.item_index[rows]),
-            context={name: torch.from_numpy(column[rows]) for name, column in split.context.items()},
-            label=torch.from_numpy(split.label[rows]),
-            group=None if split.group is None else torch.from_numpy(split.group[rows]),
-            rows=torch.from_numpy(rows),
+            target=torch.from_numpy(part.item_index),
+            context={name: torch.from_numpy(column) for name, column in part.context.items()},
+            label=torch.from_numpy(part.label),
+            group=None if part.group is None else torch.from_numpy(part.group),
+            rows=torch.from_numpy(part.rows),
         )
+
+    def _generator(self) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch])
 
 
 def gather_histories(
-    histories: Histories, users: npt.NDArray[np.int32], seq_len: npt.NDArray[np.int32], max_len: int
+    histories: Histories,
+    users: npt.NDArray[np.int32],
+    seq_len: npt.NDArray[np.int32],
+    max_len: int,
+    allocate: Callable[..., npt.NDArray[np.int32]] = np.empty,
 ) -> npt.NDArray[np.int32]:
     """The newest ``max_len`` of each user's first ``seq_len`` items, oldest first, left-padded with 0.
+
+    A row is one copy of ``L`` neighbours out of the flat array; what stands before the user's own items is masked.
+
+    Args:
+        allocate: makes the result from its shape and dtype.
 
     Returns:
         int32 ``[B, L]``, L = min(longest seq_len of the batch, max_len).
     """
     length = min(int(seq_len.max(initial=0)), max_len)
-    end = histories.offsets[users] + seq_len  # one past the newest item
-    place = end[:, None] - np.arange(length, 0, -1)
-    inside = place >= histories.offsets[users][:, None]
-    return np.where(inside, histories.items[np.where(inside, place, 0)], 0) if length else np.zeros((len(users), 0), "i4")
+    found = allocate((len(users), length), np.int32)
+    if not length:
+        return found
+    items = histories.items
+    end = histories.offsets.take(users) + seq_len  # one past the newest item
+    kept = np.minimum(seq_len, length)
+    last_ones = sliding_window_view(np.repeat(np.array([0, -1], np.int32), length), length)  # row n keeps the last n
+    early = np.flatnonzero(end < length)  # their windows would begin before the array
+    if len(items) >= length:
+        windows = sliding_window_view(items, length)
+        start = np.maximum(end - length, 0)
+        step = max(1, CACHED_BYTES // (4 * length))
+        for first in range(0, len(users), step):
+            rows = slice(first, first + step)
+            np.bitwise_and(windows[start[rows]], last_ones[kept[rows]], out=found[rows])
+    if len(early):
+        beginning = sliding_window_view(np.concatenate([np.zeros(length, np.int32), items[:length]]), length)
+        found[early] = beginning[end[early]] & last_ones[kept[early]]
+    return found
 
 
 def longctr_batch(
@@ -112,7 +171,7 @@ def longctr_batch(
     Returns:
         ``(batch_dict, item_dict, mask)``; item columns flat ``[B * (L + 1), ...]``, mask float32 ``[B, L]``.
     """
-    part = dataset.splits[split]
+    part = in_memory(dataset.splits[split])
     users, seq_len = part.user_index[rows], part.seq_len[rows]
     if padding == "pre":
         history = gather_histories(dataset.histories, users, seq_len, max_len)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -109,6 +110,35 @@ def test_a_neighbours_history_is_never_read() -> None:
     histories = histories_of([[1, 2], [3], [4, 5]])
     found = gather_histories(histories, np.array([0, 1, 2], "i4"), np.array([1, 1, 2], "i4"), 10)
     assert found.tolist() == [[0, 1], [0, 3], [4, 5]]
+
+
+def literal_histories(histories: Histories, users: Any, seq_len: Any, max_len: int) -> np.ndarray:
+    """One Python slice per row."""
+    length = min(int(seq_len.max(initial=0)), max_len)
+    found = np.zeros((len(users), length), np.int32)
+    for row, (user, kept) in enumerate(zip(users, seq_len)):
+        start = histories.offsets[user]
+        newest = histories.items[start : start + kept][-length:] if kept and length else []
+        found[row, length - len(newest) :] = newest
+    return found
+
+
+@pytest.mark.parametrize("max_len", [1, 7, 300, 5000])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_long_batches_agree_with_slices(tmp_path: Path, max_len: int, mapped: bool) -> None:
+    """More rows than are copied at a time, users from both ends of the array, lengths below and above ``max_len``."""
+    random = np.random.default_rng(0)
+    lengths = np.concatenate([[0, 3], random.integers(0, 900, 200), [0, 2]])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    histories = Histories(random.integers(1, 99, offsets[-1]).astype(np.int32), offsets)
+    if mapped:
+        np.save(tmp_path / "items.npy", histories.items)
+        np.save(tmp_path / "offsets.npy", offsets)
+        histories = Histories.mapped(str(tmp_path))
+    users = np.concatenate([[0, 1, 2, 202, 203], random.integers(0, 204, 2000)]).astype(np.int32)
+    seq_len = np.where(random.random(2005) < 0.5, lengths[users], random.random(2005) * (lengths[users] + 1)).astype("i4")
+    found = gather_histories(histories, users, seq_len, max_len)
+    np.testing.assert_array_equal(found, literal_histories(histories, users, seq_len, max_len), strict=True)
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
