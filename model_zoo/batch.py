@@ -6,10 +6,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: LongCTR's batch: context and label columns, flat item feature columns (history then target), history mask
 LongCTRBatch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
+#: rows that a history must serve in the mean, for it to pay to look its items up once for all of them
+MEAN_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,13 @@ class Batch:
     """B impressions.
 
     Attributes:
-        history: ``[B, L]`` int32 item indices, oldest first, left-padded with 0.
+        history: ``[B, L]`` int32 item indices, oldest first, left-padded with 0; ``[P, L]`` if there is an ``owner``.
         target: ``[B]`` int32 item index.
         context: context feature columns, ``[B]`` or ``[B, m]``.
         label: ``[B]`` float32.
         group: ``[B]`` int64 group of the grouped metrics, or None.
         rows: ``[B]`` int64 row numbers in the split's file.
+        owner: ``[B]`` int64 in [0, P), the row of ``history`` that each impression reads; None = its own.
     """
 
     history: Tensor
@@ -31,6 +35,7 @@ class Batch:
     label: Tensor
     group: Tensor | None
     rows: Tensor
+    owner: Tensor | None = None
 
     def __len__(self) -> int:
         return self.target.shape[0]
@@ -41,16 +46,37 @@ class Batch:
             return self
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("history", "target", "label")}
         context = {name: column.to(device, non_blocking=True) for name, column in self.context.items()}
-        return replace(self, context=context, **moved)
+        owner = None if self.owner is None else self.owner.to(device, non_blocking=True)
+        return replace(self, context=context, owner=owner, **moved)
 
     def select(self, rows: Tensor) -> Batch:
-        """The given rows (int64 ``[R]``), padded as before."""
+        """The given rows (int64 ``[R]``), padded as before; histories with an ``owner`` stay."""
+        kept = () if self.owner is None else ("history",)
         chosen: dict[str, Any] = {
             field.name: value[rows]
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            if isinstance(value := getattr(self, field.name), Tensor) and field.name not in kept
         }
         return replace(self, context={name: column[rows] for name, column in self.context.items()}, **chosen)
+
+
+def neighbours_histories(history: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Histories of which runs of neighbouring rows are copies, each once, as `Batch.history` and `Batch.owner`.
+
+    Returns:
+        ``(history [P, L], owner [B])``, or None if there are not few enough of them for that to pay.
+    """
+    rows = len(history)
+    if history.shape[1] == 0 or rows == 0:
+        return None
+    changes = history[1:, -1] != history[:-1, -1]
+    if (int(changes.sum()) + 1) * MEAN_ROWS > rows:  # already told by the newest item
+        return None
+    same = (~changes).nonzero().squeeze(1)
+    changes[same] = (history[same] != history[same + 1]).any(1)
+    first = F.pad(changes, (1, 0), value=True)
+    owner = first.cumsum(0) - 1
+    return (history[first], owner) if (int(owner[-1]) + 1) * MEAN_ROWS <= rows else None
 
 
 class ItemFeatures(nn.Module):

@@ -6,20 +6,22 @@ import copy
 import os
 import pickle
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.batch import AnyBatch, Batch, ItemFeatures
+from model_zoo.batch import MEAN_ROWS, AnyBatch, Batch, ItemFeatures, neighbours_histories
 from model_zoo.compat import FeatureEmbedding, FeatureMap
 from model_zoo.errors import ConfigError, DataError
 from model_zoo.layers.blocks import call_block
+from model_zoo.layers.dropout import use_fast_dropout
 from model_zoo.layers.heads import HeadInputs, HeadShape, Loss
 from model_zoo.layers.pretrained import PretrainedVectors
 from model_zoo.layers.random_state import isolated_rng
-from model_zoo.layers.sequence import Sequence, distinct_items
+from model_zoo.layers.sequence import Sequence, SharedSequence, distinct_items
+from model_zoo.scoring import score
 from model_zoo.training import TrainingLoop
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class SequentialCTR(TrainingLoop):
 
     backbone: ClassVar[Backbone]
     method: ClassVar[Method | None] = None
+    score = score
 
     def __init__(
         self,
@@ -103,6 +106,8 @@ class SequentialCTR(TrainingLoop):
         )
         self.head = self.backbone.make_head(shape, params)
         self.item_features = item_features
+        if not longctr_compat:
+            use_fast_dropout(self)
         self.compile(optimizer, loss, learning_rate)
         self.reset_parameters()
         self.model_to_device()
@@ -131,25 +136,42 @@ class SequentialCTR(TrainingLoop):
         Returns:
             ``y_pred`` ``[B, 1]`` and ``losses``, the weighted auxiliary losses of block and head.
         """
-        context, target, sequence = self._read(inputs)
+        context, target, sequence = self._read(inputs, share=not self.training and not torch.is_grad_enabled())
         losses: list[Loss] = []
         interest = call_block(self.block, target, sequence, losses)
         embedded = self.embedding_layer(context, flatten_emb=True) if context else None
         logits = self.head(HeadInputs(embedded, target, interest, context, losses))
         return {"y_pred": self.output_activation(logits), "losses": losses}
 
-    def _read(self, inputs: AnyBatch) -> tuple[dict[str, Tensor], Tensor, Sequence]:
-        """Context columns, target vectors ``[B, d]`` and the history, each distinct item embedded once."""
+    @overload
+    def _read(self, inputs: AnyBatch, share: Literal[False] = False) -> tuple[dict[str, Tensor], Tensor, Sequence]: ...
+    @overload
+    def _read(self, inputs: AnyBatch, share: bool) -> tuple[dict[str, Tensor], Tensor, Sequence | SharedSequence]: ...
+    def _read(
+        self, inputs: AnyBatch, share: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor, Sequence | SharedSequence]:
+        """Context columns, target vectors ``[B, d]`` and the history, each distinct item embedded once.
+
+        With ``share`` the items of a history that several rows of a `Batch` have are looked up once, and it stays
+        shared if the block gains from as many rows a history as there are.
+        """
         if isinstance(inputs, Batch):
             if self.item_features is None:
                 raise DataError(f"{type(self).__name__}: a batch of item indices needs the item table (item_features=)")
             batch = inputs.to(self.device)
-            index = torch.cat([batch.history, batch.target.unsqueeze(1)], dim=1)
-            rows, place = distinct_items(index, self.item_features.num_items)
+            history, owner = batch.history, batch.owner
+            if share and owner is None:
+                history, owner = neighbours_histories(history) or (history, None)
+            rows, place = distinct_items(torch.cat([history.flatten(), batch.target]), self.item_features.num_items)
             items = self.embedding_layer(self.item_features.rows(rows), flatten_emb=True)
-            mask = batch.history > 0
+            read = Sequence(items, place[: history.numel()].view(history.shape), history > 0)
             # F.embedding, not items[...], whose backward adds in any order on CPU threads: runs would not repeat
-            return batch.context, F.embedding(place[:, -1], items), Sequence(items, place[:, :-1], mask)
+            target = F.embedding(place[history.numel() :], items)
+            if owner is None:
+                return batch.context, target, read
+            shared = SharedSequence(read, owner)
+            stays = share and len(owner) >= len(history) * getattr(self.block, "rows_to_share", MEAN_ROWS)
+            return batch.context, target, shared if stays else shared.expanded()
         columns, item_columns, float_mask = inputs
         context = {n: c.to(self.device) for n, c in columns.items() if n in self.context_names}
         items = self.embedding_layer({n: c.to(self.device) for n, c in item_columns.items()}, flatten_emb=True)

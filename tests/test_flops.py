@@ -15,19 +15,12 @@ from model_zoo.backbones.sim import SIMBlock
 from model_zoo.backbones.transact import TransActBlock
 from model_zoo.backbones.twin import TwinBlock
 from model_zoo.batch import Batch
-from model_zoo.experiment.flops import (
-    FlopCounter,
-    Flops,
-    RoutedBatch,
-    RoutedBranch,
-    analytic_flops,
-    block_cost,
-    block_flops,
-    route,
-)
+from model_zoo.experiment.flops import RoutedBatch, RoutedBranch, block_flops, route
+from model_zoo.experiment.flops_counter import FlopCounter, Flops
+from model_zoo.experiment.flops_formula import analytic_flops, block_cost
 from model_zoo.experiment.run import build_model, make_loaders
 from model_zoo.layers.attend_items import attend_items
-from model_zoo.layers.fused_attention import BranchRead, SlotReads, attend_slots
+from model_zoo.layers.attend_rows import RowReads, attend_rows
 from model_zoo.layers.selective_scan import selective_scan_last
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.target_attention import TargetAttention
@@ -86,14 +79,19 @@ def test_item_attention_counts_scores_and_pooling() -> None:
     assert count(lambda: pooled.sum().backward()).products == 8 * R * H * K * D
 
 
-def test_fused_attention_runs_over_the_whole_history_for_each_slot() -> None:
-    """Masked, not compacted: what is counted is what runs."""
-    slots = 4
-    query = torch.randn(R, slots, 1, D)
-    members = torch.rand(R, slots, K) < 0.3
-    given = ([SlotReads(members)], [BranchRead(1, None, None, 0.0)], torch.randn(9, D), torch.randint(9, (R, K)))
-    run = count(lambda: attend_slots([query], *given, torch.ones(R, K, dtype=torch.bool)))
-    assert run.products == 4 * R * slots * K * D
+@pytest.mark.parametrize("real", [R * K, R])
+def test_row_attention_counts_the_rows_read(real: int) -> None:
+    """Scores are products; pooling is a weighted bag, the gradient of items two."""
+    query, items = torch.randn(R, D, requires_grad=True), torch.randn(9, D, requires_grad=True)
+    index, mask = torch.randint(9, (R, K)), torch.zeros(R, K, dtype=torch.bool)
+    mask[:, : real // R] = True
+    with FlopCounter() as forward:
+        (pooled,) = attend_rows([query], [RowReads(index, mask)], items)
+    softmax = (4 + 1) * R * K  # and the product with the mask
+    assert forward.flops == Flops(products=2 * real * D, other=softmax + 2 * real * D)
+    backward = count(lambda: pooled.backward(torch.ones_like(pooled)))
+    d_scores = (2 + 1 + 1) * R * K  # its two products, sum, difference
+    assert backward == Flops(products=2 * real * D, other=d_scores + (2 + 4) * real * D)
 
 
 def test_scan_of_the_newest_position() -> None:

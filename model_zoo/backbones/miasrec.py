@@ -169,7 +169,9 @@ class MiasRecBlock(nn.Module):
 @torch.no_grad()
 def repeat_counts(sequence: Sequence) -> Tensor:
     """1 where an item's vector stands once in its row, 2 where more often, 0 at padding: ``[B, T]`` int64."""
-    same = torch.unique(sequence.items, dim=0, return_inverse=True)[1]
+    if "same" not in sequence.memo:
+        sequence.memo["same"] = torch.unique(sequence.items, dim=0, return_inverse=True)[1]
+    same = sequence.memo["same"]
     apart = torch.arange(-sequence.index.shape[1], 0, device=same.device)  # padding is like nothing else
     ordered, column = torch.where(sequence.mask, same[sequence.index], apart).sort(1)
     equal = ordered[:, 1:] == ordered[:, :-1]

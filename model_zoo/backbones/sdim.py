@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.layers.blocks import call_block
+from model_zoo.layers.attend_items import grouped_histories
+from model_zoo.layers.attention_branches import BranchRead, run_block
+from model_zoo.layers.blocks import ROWS_TO_SHARE, call_block
+from model_zoo.layers.item_rows import pool_rows
 from model_zoo.layers.lsh import LSH
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.sequence import Sequence, SharedSequence
 from model_zoo.layers.short_window import short_window
 from model_zoo.layers.target_attention import TargetAttention
+
+#: buckets over all hashes up to which shared histories are summed by bucket
+MOST_BUCKETS = 1024
 
 
 class SDIMBlock(nn.Module):
@@ -93,12 +100,43 @@ class SDIMBlock(nn.Module):
 
         self.long = wrap_long(long_branch) if wrap_long else long_branch()
         self.has_losses = bool(getattr(self.long, "has_losses", False))
+        self.rows_to_share = int(getattr(self.long, "rows_to_share", ROWS_TO_SHARE))
         self.out_dim = item_dim + int(self.long.out_dim)  # type: ignore[arg-type]
         # read by nothing here: LongCTR's checkpoints hold the place values of a bucket's bits
         self.register_buffer("powers_of_two", 2.0 ** torch.arange(hash_bits))
 
-    def forward(self, query: Tensor, sequence: Sequence, losses: list[Any] | None = None) -> Tensor:
+    @property
+    def shares(self) -> bool:
+        """Whether it can read a history once for several rows."""
+        return not self.longctr_compat
+
+    @property
+    def attends(self) -> bool:
+        """Whether all that the block does with the history are weighted sums of its items."""
+        plain = isinstance(self.long, CollisionPooling) and self.long.output is None and not self.long.l2_norm
+        return plain and not self.longctr_compat
+
+    def reads(self) -> list[BranchRead]:
+        """All items by their collisions for the long branch, the newest ones for the short branch."""
+        short = replace(self.short_attention.reads()[0], newest=self.short_seq_len - 1)
+        return [BranchRead(1, weigh=self.long.shares_of), short]  # type: ignore[arg-type]
+
+    def absorb(self, query: Tensor) -> Tensor:
+        """The target itself, which the long branch hashes, and the short branch's queries, ``[B, 1 + h, d]``."""
+        return torch.cat([query.unsqueeze(1), self.short_attention.absorb(query)], 1)
+
+    def finish(self, query: Tensor, pooled: list[Tensor] | None) -> Tensor:
+        """``[long ; short]``."""
+        if pooled is None:
+            return torch.cat([torch.zeros_like(query), self.short_attention.finish(query, None)], -1)
+        return torch.cat([pooled[0].squeeze(1), self.short_attention.finish(query, pooled[1:])], -1)
+
+    def forward(
+        self, query: Tensor, sequence: Sequence | SharedSequence, losses: list[Any] | None = None
+    ) -> Tensor:
         """``[B, 2d]`` interest of each row towards its target ``query [B, d]``; a wrapped long branch gets ``losses``."""
+        if self.attends and isinstance(sequence, Sequence):
+            return run_block(self, query, sequence)
         short = self.short_attention(query, short_window(sequence, self.short_seq_len, self.longctr_compat))
         return torch.cat([call_block(self.long, query, sequence, losses), short], dim=-1)
 
@@ -126,18 +164,56 @@ class CollisionPooling(nn.Module):
         if self.output is not None:
             nn.init.eye_(self.output.weight)
 
-    def forward(self, query: Tensor, sequence: Sequence) -> Tensor:
+    @property
+    def shares(self) -> bool:
+        """Whether it can read a history once for several rows."""
+        return not self.lsh.draws_in_evaluation and self.lsh.num_hashes << self.lsh.hash_bits <= MOST_BUCKETS
+
+    def forward(self, query: Tensor, sequence: Sequence | SharedSequence) -> Tensor:
         """``[B, d]``; zeros where nothing collides."""
+        if isinstance(sequence, SharedSequence):
+            pooled = self._shared(query, sequence)
+            return pooled if self.output is None else self.output(pooled)
         if sequence.index.shape[1] == 0:
             return query.new_zeros(len(query), self.out_dim)
-        target, tokens, index = self.lsh.hashed(query, sequence)
         if self.l2_norm:
-            pooled = self._mean_of_directions(self.lsh.collisions(target, tokens, index), sequence)
+            pooled = self._mean_of_directions(self.lsh.collisions(*self.lsh.hashed(query, sequence)), sequence)
         else:
-            colliding = self.lsh.num_hashes - self.lsh.mismatches(target, tokens, index)
-            share = (colliding * sequence.mask).to(sequence.items.dtype) / self.lsh.num_hashes
-            pooled = F.embedding_bag(sequence.index, sequence.items, mode="sum", per_sample_weights=share)
+            pooled = pool_rows(sequence.items, sequence.index, self.shares_of(query, sequence) * sequence.mask)
         return pooled if self.output is None else self.output(pooled)
+
+    @torch.no_grad()
+    def shares_of(self, query: Tensor, sequence: Sequence) -> Tensor:
+        """``[B, T]`` share of hashes under which each token collides with its row's target (anything where masked)."""
+        colliding = self.lsh.num_hashes - self.lsh.mismatches(*self.lsh.hashed(query, sequence))
+        return colliding.to(sequence.items.dtype) / self.lsh.num_hashes
+
+    @torch.no_grad()
+    def _shared(self, query: Tensor, sequence: SharedSequence) -> Tensor:
+        """``[B, d]`` before the output map.
+
+        With T and C the bucket tables of a history's items and of its targets, the answers are ``C T^t X / H``: the share
+        of each item first, or the sum of each bucket first, whichever takes fewer products.
+        """
+        histories, hashes = sequence.histories, self.lsh.num_hashes
+        pooled = query.new_zeros(len(query), self.out_dim)
+        if histories.index.shape[1] == 0:
+            return pooled
+        tokens, targets = self.lsh.bucket_table(histories.items), self.lsh.bucket_table(query)
+        (length, dim), buckets = (histories.index.shape[1], query.shape[1]), tokens.shape[1]
+        for group in grouped_histories(sequence):
+            real = histories.mask[group.history]
+            vectors = group.vectors if bool(real.all()) else group.vectors.mul_(real.unsqueeze(2))
+            token = F.embedding(histories.index[group.history], tokens).transpose(1, 2)  # [p, buckets, T]
+            target = targets[group.slots]  # [p, C, buckets]
+            columns = target.shape[1]
+            if self.l2_norm or buckets * dim * (length + columns) < columns * length * (buckets + dim):
+                sums = token @ vectors  # [p, buckets, d]
+                answer = target @ (F.normalize(sums, dim=-1) if self.l2_norm else sums)
+            else:
+                answer = target @ token @ vectors
+            pooled[group.rows] = group.unpad(answer / hashes).to(pooled.dtype)
+        return pooled
 
     @staticmethod
     def _mean_of_directions(collides: Tensor, sequence: Sequence) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -11,8 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.errors import ConfigError
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.attend_items import attend_shared
+from model_zoo.layers.sequence import Sequence, SharedSequence
 from model_zoo.layers.transact_layer import TransActLayer
+
+
+@dataclass(frozen=True)
+class _NewestColumns(Sequence):
+    """The newest columns of each row, of the shared histories ``whole``."""
+
+    whole: SharedSequence
+
+
+class _ReadOutLayer(TransActLayer):
+    """`TransActLayer` whose `newest` also reads shared histories."""
+
+    def newest_of_shared(self, sequence: SharedSequence, target: Tensor, columns: int) -> Tensor:
+        """`newest` in evaluation: queries by row, attention to each history for all of its rows."""
+        newest = sequence.last(columns).expanded()
+        return self.newest(_NewestColumns(newest.items, newest.index, newest.mask, sequence), target, columns)
+
+    def _pool(self, query: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
+        if isinstance(sequence, _NewestColumns):
+            return attend_shared(query, sequence.whole), query.new_ones(*query.shape[:2], 1)
+        return super()._pool(query, sequence)
 
 
 class TransActBlock(nn.Module):
@@ -41,6 +64,8 @@ class TransActBlock(nn.Module):
     Source: Xia et al., TransAct, KDD 2023 (arXiv 2306.00248), section 3.3, as configured in LongCTR.
     """
 
+    #: rows that a history must serve in the mean, for it to pay to read it once for all of them
+    rows_to_share = 4
     #: parts of LongCTR's parameter names and ours
     LONGCTR_NAMES: ClassVar[dict[str, str]] = {
         "transformer_encoders.transformer_encoder.": "",
@@ -75,33 +100,46 @@ class TransActBlock(nn.Module):
         width = 2 * item_dim
         self.first_k_cols = first_k_cols
         self.longctr_compat = longctr_compat
-        make = partial(TransActLayer, width, num_heads, dim_feedforward, transformer_dropout)
+        make = partial(_ReadOutLayer, width, num_heads, dim_feedforward, transformer_dropout)
         first = make()
         rest = [copy.deepcopy(first) if longctr_compat else make() for _ in range(1, transformer_layers)]
         self.layers = nn.ModuleList([first, *rest])
         self.out_linear = nn.Linear(width, width) if concat_max_pool else None
         self.out_dim = (first_k_cols + int(concat_max_pool)) * width
 
-    def forward(self, query: Tensor, sequence: Sequence) -> Tensor:
+    @property
+    def shares(self) -> bool:
+        """Whether it can read a history once for several rows: one layer whose answers only at the newest items count."""
+        return len(self.layers) == 1 and self.out_linear is None and not self.longctr_compat
+
+    def forward(self, query: Tensor, sequence: Sequence | SharedSequence) -> Tensor:
         """``[B, (first_k_cols + concat_max_pool) 2d]`` for targets ``query [B, d]``."""
+        if isinstance(sequence, SharedSequence):
+            return self._shared(query, sequence)
         length = sequence.index.shape[1]
-        if self.longctr_compat:
-            sequence = self._longctr_mask(sequence)
-        if not bool(sequence.mask.any()):
+        tokens: Sequence = self._longctr_mask(sequence) if self.longctr_compat else sequence
+        if not bool(tokens.mask.any()):
             return query.new_zeros(query.shape[0], self.out_dim)
         columns = min(self.first_k_cols, length)
         target: Tensor | None = query
         *before, last = self.layers
         for layer in before:
-            sequence, target = layer.all_positions(sequence, target), None  # type: ignore[operator]
+            tokens, target = layer.all_positions(tokens, target), None  # type: ignore[operator]
         if self.out_linear is None:
-            newest = last.newest(sequence, target, columns)  # type: ignore[operator]
-            return self._columns(newest, sequence)
-        sequence = last.all_positions(sequence, target)  # type: ignore[operator]
-        hidden = sequence.vectors  # [B, T, 2d]
-        highest = hidden.masked_fill(~sequence.mask.unsqueeze(2), -1e9).max(dim=1).values
-        pooled = self.out_linear(highest) * sequence.mask.any(1, keepdim=True)
-        return torch.cat([self._columns(hidden[:, length - columns :], sequence), pooled], dim=-1)
+            newest = last.newest(tokens, target, columns)  # type: ignore[operator]
+            return self._columns(newest, tokens)
+        tokens = last.all_positions(tokens, target)  # type: ignore[operator]
+        hidden = tokens.vectors  # [B, T, 2d]
+        highest = hidden.masked_fill(~tokens.mask.unsqueeze(2), -1e9).max(dim=1).values
+        pooled = self.out_linear(highest) * tokens.mask.any(1, keepdim=True)
+        return torch.cat([self._columns(hidden[:, length - columns :], tokens), pooled], dim=-1)
+
+    def _shared(self, query: Tensor, sequence: SharedSequence) -> Tensor:
+        if not bool(sequence.histories.mask.any()):
+            return query.new_zeros(query.shape[0], self.out_dim)
+        columns = min(self.first_k_cols, sequence.histories.index.shape[1])
+        newest = self.layers[0].newest_of_shared(sequence, query, columns)  # type: ignore[operator]
+        return self._columns(newest, sequence.last(columns).expanded())
 
     def _columns(self, newest: Tensor, sequence: Sequence) -> Tensor:
         """The read-out columns ``[B, R, 2d]`` side by side, zeros where a history has no item."""

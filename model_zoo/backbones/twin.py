@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from model_zoo.layers.attend_items import AttendPlan, run_planned
-from model_zoo.layers.blocks import call_block
-from model_zoo.layers.fused_attention import BranchRead
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.attention_branches import BranchRead, run_block
+from model_zoo.layers.blocks import ROWS_TO_SHARE, call_block, serving
+from model_zoo.layers.sequence import Sequence, SharedSequence
 from model_zoo.layers.short_window import short_window
 from model_zoo.layers.target_attention import TargetAttention
 
@@ -79,40 +78,43 @@ class TwinBlock(nn.Module):
         self.long_attention = wrap_long(long_branch) if wrap_long else long_branch()
         self.out_dim = item_dim + int(self.long_attention.out_dim)  # type: ignore[arg-type]
         self.has_losses = bool(getattr(self.long_attention, "has_losses", False))
+        self.rows_to_share = int(getattr(self.long_attention, "rows_to_share", ROWS_TO_SHARE))
 
-    def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, sequence: Sequence | SharedSequence, losses: list[Tensor] | None = None
+    ) -> Tensor:
         """``[B, 2d]`` interest of each row towards its target ``query [B, d]``; a wrapped long branch gets ``losses``."""
-        if isinstance(self.long_attention, TargetAttention):
-            return run_planned(self, query, sequence)
-        short = self.short_attention(query, self._short(sequence))
+        if self.attends and isinstance(sequence, Sequence):
+            return run_block(self, query, sequence)
+        short = self.short_attention(query, short_window(sequence, self.short_seq_len, self.longctr_compat))
         long = call_block(self.long_attention, query, sequence, losses)
         return torch.cat([short, long], dim=-1)
 
     @property
+    def shares(self) -> bool:
+        """Whether it can read a history once for several rows."""
+        return not self.longctr_compat
+
+    @property
     def attends(self) -> bool:
         """Whether attention is all that the block does with the history (a wrapped long branch may do more)."""
-        return isinstance(self.long_attention, TargetAttention) and not self.longctr_compat
+        return isinstance(serving(self.long_attention), TargetAttention) and not self.longctr_compat
+
+    @property
+    def _branches(self) -> tuple[TargetAttention, TargetAttention]:
+        """Short and long, while the block `attends`."""
+        return self.short_attention, serving(self.long_attention)  # type: ignore[return-value]
 
     def reads(self) -> list[BranchRead]:
         """The newest items for the short branch, the best-scored ones for the long branch."""
-        short, long = self.short_attention.reads()[0], self.long_attention.reads()[0]  # type: ignore[operator]
+        [short], [long] = (branch.reads() for branch in self._branches)
         return [replace(short, newest=self.short_seq_len - 1), long]
 
     def absorb(self, query: Tensor) -> Tensor:
         """Both branches' queries in the item space, ``[B, 2h, d]``."""
-        return torch.cat([self.short_attention.absorb(query), self.long_attention.absorb(query)], 1)  # type: ignore[operator]
-
-    def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
-        """Both branches' attention."""
-        short = self.short_attention.plan(query, self._short(sequence))
-        long = self.long_attention.plan(query, sequence)  # type: ignore[operator]
-        return short + long if short and long else None
+        return torch.cat([branch.absorb(query) for branch in self._branches], 1)
 
     def finish(self, query: Tensor, pooled: list[Tensor] | None) -> Tensor:
         """``[short ; long]``."""
-        branches = (self.short_attention, self.long_attention)
         parts = [None, None] if pooled is None else [[result] for result in pooled]
-        return torch.cat([b.finish(query, part) for b, part in zip(branches, parts, strict=True)], dim=-1)  # type: ignore[operator]
-
-    def _short(self, sequence: Sequence) -> Sequence:
-        return short_window(sequence, self.short_seq_len, self.longctr_compat)
+        return torch.cat([b.finish(query, part) for b, part in zip(self._branches, parts, strict=True)], dim=-1)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.sequence import SharedSequence
 
 MASKED_SCORE = -1.0e9
 #: item vector elements gathered at a time on a CPU
@@ -99,90 +99,115 @@ def attend_items(
 
 
 @dataclass(frozen=True)
-class AttendPlan:
-    """The arguments of one `attend_items` call, its items left open.
+class HistoryGroup:
+    """Some histories of a `SharedSequence` and the batch rows that read them, padded to C rows a history.
 
     Attributes:
-        query, index, mask, keep, attend_padding: see `attend_items`.
+        history: ``[p]`` int64 which histories.
+        vectors: ``[p, T, d]`` their item vectors, overwritten by the next group.
+        slots: ``[p, C]`` int64 batch row in each slot, any row where ``filled`` is False.
+        filled: ``[p, C]`` bool, or None if every slot holds a row.
     """
 
-    query: Tensor
-    index: Tensor
-    mask: Tensor
-    keep: Tensor | None
-    attend_padding: bool
+    history: Tensor
+    vectors: Tensor
+    slots: Tensor
+    filled: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """``[r]`` the batch rows, history by history."""
+        return self.slots.flatten() if self.filled is None else self.slots[self.filled]
+
+    def unpad(self, values: Tensor) -> Tensor:
+        """``[p, C, ...]`` as ``[r, ...]`` in the order of ``rows``."""
+        return values.flatten(0, 1) if self.filled is None else values[self.filled]
 
 
-class PlannedBlock(Protocol):
-    """A block whose only work on item rows is attention: ``forward`` is plan, attend, finish."""
+def grouped_histories(sequence: SharedSequence) -> Iterator[HistoryGroup]:
+    """All histories that have rows, each gathered once, those of similarly many rows together.
 
-    def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
-        """What to attend to; None if the rows hold nothing."""
-
-    def finish(self, query: Tensor, pooled: list[Tensor] | None) -> Tensor:
-        """The block's answer from the results of its plans."""
-
-
-def run_planned(block: PlannedBlock, query: Tensor, sequence: Sequence) -> Tensor:
-    """The block's answer, its attention over the items done together."""
-    plans = block.plan(query, sequence)
-    return block.finish(query, attend_plans(plans, sequence.items) if plans else None)
-
-
-def attend_plans(plans: ListOf[AttendPlan], items: Tensor) -> list[Tensor]:
-    """`attend_items` of every plan, with as few passes over the item table as give the same results.
-
-    Plans over the very same index run as heads of one; then plans of equally many heads run as one, padded to the longest.
-    Plans that attend to padding run alone: more columns would change them.
+    A group fits in a core's cache, as in `gathered`, and at least half of its slots are filled. Needs T >= 1.
     """
-    sharing: dict[int, list[int]] = {}
-    for number, plan in enumerate(plans):
-        sharing.setdefault(-1 - number if plan.attend_padding else id(plan.index), []).append(number)
-    joined = [_join_heads([plans[number] for number in numbers]) for numbers in sharing.values()]
-    results: dict[int, Tensor] = {}
-    for numbers, pooled in zip(sharing.values(), _attend_joined(joined, items), strict=True):
-        results |= zip(numbers, pooled.split([plans[number].query.shape[1] for number in numbers], 1), strict=True)
-    return [results[number] for number in range(len(plans))]
+    items, index, owner = sequence.histories.items.detach(), sequence.histories.index, sequence.owner
+    length, dim = index.shape[1], items.shape[1]
+    most = max((2**28 if items.is_cuda else GATHERED_FLOATS) // (length * dim), 1)
+    counts = torch.bincount(owner, minlength=index.shape[0])
+    by_history = owner.argsort(stable=True)
+    first = counts.cumsum(0) - counts  # place of each history's first row in by_history
+    order = counts.argsort(descending=True)
+    sizes = counts[order].tolist()
+    buffer = items.new_empty(min(most, len(sizes)) * length, dim)
+    start = 0
+    while start < len(sizes) and sizes[start]:
+        end = start + 1
+        while end < min(start + most, len(sizes)) and 2 * sizes[end] >= sizes[start]:
+            end += 1
+        history = order[start:end]
+        slot = torch.arange(sizes[start], device=owner.device)
+        filled = slot < counts[history].unsqueeze(1) if sizes[end - 1] < sizes[start] else None
+        slots = by_history[(first[history].unsqueeze(1) + slot).clamp_(max=len(owner) - 1)]
+        flat = index[history].reshape(-1)
+        vectors = torch.index_select(items, 0, flat, out=buffer[: len(flat)]).view(end - start, length, dim)
+        with torch.autocast(items.device.type, enabled=False):
+            yield HistoryGroup(history, vectors, slots, filled)
+        start = end
 
 
-def _join_heads(plans: list[AttendPlan]) -> AttendPlan:
-    """Plans over one index as the heads of one plan."""
-    if len(plans) == 1:
-        return plans[0]
-    first = plans[0]
-    keep = None
-    if any(plan.keep is not None for plan in plans):
-        keep = torch.cat([_dropout_factors(plan) for plan in plans], 1)
-    return AttendPlan(torch.cat([plan.query for plan in plans], 1), first.index, first.mask, keep, first.attend_padding)
+@torch.no_grad()
+def attend_shared(query: Tensor, sequence: SharedSequence, topk: int | None = None) -> Tensor:
+    """`attend_items` for rows that share histories: the rows of a history are queries of one product with its items.
+
+    Args:
+        query: ``[B, H, d]``, already scaled.
+        sequence: shared histories.
+        topk: tokens that each head of each row attends to; None = all.
+
+    Returns:
+        ``[B, H, d]``; zeros for rows without a real token.
+    """
+    items, index, mask = sequence.histories.items, sequence.histories.index, sequence.histories.mask
+    query = query.to(items.dtype)
+    pooled = torch.zeros_like(query)
+    heads, dim, length = query.shape[1], query.shape[2], index.shape[1]
+    if length == 0:
+        return pooled
+    for group in grouped_histories(sequence):
+        histories, places = group.slots.shape
+        asked = query[group.slots].view(histories, places * heads, dim)
+        scores = asked @ group.vectors.transpose(1, 2)  # [p, C H, T]
+        real = mask[group.history]  # [p, T]
+        if not bool(real.all()):
+            scores.masked_fill_(~real.unsqueeze(1), MASKED_SCORE)
+        if topk is None or topk >= length:
+            answer = scores.softmax(-1) @ group.vectors * real.any(1)[:, None, None]
+            pooled[group.rows] = group.unpad(answer.view(histories, places, heads, dim))
+            continue
+        best, column = best_scored(group.unpad(scores.view(histories, places, heads, length)), topk)  # [r, H, k]
+        token = column + sequence.owner[group.rows].view(-1, 1, 1) * length  # in the flattened histories
+        weight = best.softmax(-1) * mask.flatten()[token]
+        kept = index.flatten()[token].view(-1, topk)
+        sums = F.embedding_bag(kept, items, mode="sum", per_sample_weights=weight.view(-1, topk))
+        pooled[group.rows] = sums.view(-1, heads, dim)
+    return pooled
 
 
-def _attend_joined(plans: list[AttendPlan], items: Tensor) -> list[Tensor]:
-    """`attend_items` of plans over different indices."""
-    results: dict[int, Tensor] = {}
-    merged: dict[int, list[int]] = {}
-    for number, plan in enumerate(plans):
-        if plan.attend_padding:
-            results[number] = attend_items(plan.query, items, plan.index, plan.mask, plan.keep, True)
-        else:
-            merged.setdefault(plan.query.shape[1], []).append(number)
-    for numbers in merged.values():
-        group = [plans[number] for number in numbers]
-        columns = max(plan.index.shape[1] for plan in group)
-        short = [columns - plan.index.shape[1] for plan in group]
-        keep = None
-        if any(plan.keep is not None for plan in group):
-            factors = [_dropout_factors(plan) for plan in group]
-            keep = torch.cat([F.pad(kept, (0, missing)) for kept, missing in zip(factors, short, strict=True)])
-        pooled = attend_items(
-            torch.cat([plan.query for plan in group]),
-            items,
-            torch.cat([F.pad(plan.index, (0, missing)) for plan, missing in zip(group, short, strict=True)]),
-            torch.cat([F.pad(plan.mask, (0, missing)) for plan, missing in zip(group, short, strict=True)]),
-            keep,
-        )
-        results |= zip(numbers, pooled.split([plan.query.shape[0] for plan in group]), strict=True)
-    return [results[number] for number in range(len(plans))]
+def best_scored(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """``scores.topk(topk)`` over the last dimension, in no particular order; of equal scores any.
 
+    Long rows are searched in two steps: the best entries lie in the ``topk`` strides whose best entry is highest.
 
-def _dropout_factors(plan: AttendPlan) -> Tensor:
-    return plan.query.new_ones(*plan.query.shape[:2], plan.index.shape[1]) if plan.keep is None else plan.keep
+    Returns:
+        ``(scores, columns)``, ``[..., topk]`` each.
+    """
+    length = scores.shape[-1]
+    step = math.isqrt(length // topk)  # then both searches are equally long
+    if step < 3:
+        return tuple(scores.topk(topk, dim=-1, sorted=False))  # type: ignore[return-value]
+    strides = -(-length // step)
+    table = F.pad(scores, (0, strides * step - length), value=-torch.inf).unflatten(-1, (step, strides))
+    stride = table.amax(-2).topk(topk, dim=-1, sorted=False).indices  # [..., topk]
+    offset = torch.arange(step, device=scores.device).unsqueeze(1) * strides
+    column = (stride.unsqueeze(-2) + offset).flatten(-2)  # [..., step topk]
+    best, place = table.flatten(-2).gather(-1, column).topk(topk, dim=-1, sorted=False)
+    return best, column.gather(-1, place)

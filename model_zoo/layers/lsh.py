@@ -86,6 +86,18 @@ class LSH(nn.Module):
         return ((rotated > 0).double() @ weights.double()).long()
 
     @torch.no_grad()
+    def bucket_table(self, vectors: Tensor) -> Tensor:
+        """Each vector's bucket in each hash as ones among zeros, ``[N, d] -> [N, H 2^hash_bits]``, by `random_rotations`.
+
+        The product of two rows is the number of hashes in which they collide.
+        """
+        rotated = self.rotate(vectors, self.random_rotations.reshape(self.item_dim, -1))
+        place = 2.0 ** torch.arange(self.hash_bits, device=vectors.device)
+        bucket = ((rotated > 0).float().unflatten(1, (self.num_hashes, self.hash_bits)) @ place).long()
+        bucket += torch.arange(self.num_hashes, device=vectors.device) << self.hash_bits
+        return vectors.new_zeros(len(vectors), self.num_hashes << self.hash_bits).scatter_(1, bucket, 1.0)
+
+    @torch.no_grad()
     def hashed(self, query: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of targets and tokens under this forward's rotations.
 
@@ -100,13 +112,22 @@ class LSH(nn.Module):
         batch, length = sequence.index.shape
         rotations = self.rotations(batch)
         if rotations.dim() == 2:
-            tokens = self.codes(self.rotate(sequence.items, rotations))
-            return self.codes(self.rotate(query, rotations)), tokens, sequence.index
+            return self.codes(self.rotate(query, rotations)), self._item_codes(sequence, rotations), sequence.index
         target = self.codes(self.rotate(query.unsqueeze(1), rotations)).squeeze(1)
         tokens = torch.empty(batch, length, target.shape[1], dtype=torch.int64, device=query.device)
         for rows, vectors in gathered(sequence.items, sequence.index):
             tokens[rows] = self.codes(self.rotate(vectors, rotations[rows]))
         return target, tokens.flatten(0, 1), torch.arange(batch * length, device=query.device).view(batch, length)
+
+    def _item_codes(self, sequence: Sequence, rotations: Tensor) -> Tensor:
+        """Codes ``[U, W]`` of a batch's items; experts whose rotations are the same share them."""
+        known = sequence.memo.setdefault("lsh", [])
+        for others, hash_bits, codes in known:
+            if hash_bits == self.hash_bits and torch.equal(others, rotations):
+                return codes
+        codes = self.codes(self.rotate(sequence.items, rotations))
+        known.append((rotations.clone(), self.hash_bits, codes))
+        return codes
 
     @torch.no_grad()
     def mismatches(self, target: Tensor, tokens: Tensor, index: Tensor) -> Tensor:

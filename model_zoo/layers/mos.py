@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from model_zoo.layers.blocks import call_block
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.routed_experts import RoutedExperts, RoutedTokens, fusable, run_experts, run_fused
 from model_zoo.layers.routers import GateNorm, Routing, ThemeRouter
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.sequence import Sequence, SharedSequence
 from model_zoo.layers.theme_codebook import EmaMode, ThemeCodebook
 from model_zoo.layers.windows import WindowAlign, WindowDivisor, Windows
 
@@ -69,6 +70,8 @@ class MoS(nn.Module):
     """
 
     has_losses = True
+    #: rows that a history must serve in the mean, for it to pay to route it once for all of them
+    rows_to_share = 8
 
     def __init__(
         self,
@@ -208,12 +211,24 @@ class MoS(nn.Module):
         """Window means in time order, as tokens."""
         return self.windows(sequence).sequence()
 
-    def forward(self, query: Tensor, sequence: Sequence, losses: list[Any] | None = None) -> Tensor:
+    @property
+    def sole_block(self) -> nn.Module | None:
+        """The global expert while it alone has a weight; see `serving`."""
+        return self.global_expert if self.alpha_item + self.alpha_window < 1e-9 else None
+
+    @property
+    def shares(self) -> bool:
+        """Whether it can read a history once for several rows: it routes a token without its row's target."""
+        return self.router_input == "item"
+
+    def forward(
+        self, query: Tensor, sequence: Sequence | SharedSequence, losses: list[Any] | None = None
+    ) -> Tensor:
         """Interest of each row towards its target.
 
         Args:
             query: ``[B, d]`` target items.
-            sequence: histories.
+            sequence: histories; shared ones (only where ``shares``) are routed once for all their rows.
             losses: auxiliary loss terms (already weighted) are appended here.
 
         Returns:
@@ -234,12 +249,12 @@ class MoS(nn.Module):
         served = torch.stack(weights).sum(0)
         global_weight = base + (self.alpha_item + self.alpha_window - served).clamp(min=0)
         blocks = [self.global_expert, *(block for branch in routed for block in branch.experts)]
-        if fusable(blocks, sequence, [branch.tokens for branch in routed]):
+        if fusable(blocks, sequence):
             attending = self.global_expert if whole else None
             overall, answers = run_fused(query, sequence, attending, routed)  # type: ignore[arg-type]
         else:
             overall = call_block(self.global_expert, query, sequence, losses) if whole else None
-            answers = [self._answer(branch, query) for branch in routed]
+            answers = [self._answer(branch, query, sequence) for branch in routed]
         output = self._rest(query, sequence, global_weight, losses) if overall is None else global_weight * overall
         if losses is not None and self.align_weight and self.training:
             goal = overall.detach() if overall is not None else self._still_answer(query, sequence)
@@ -253,14 +268,20 @@ class MoS(nn.Module):
             output = output * (sequence.lengths > 0).unsqueeze(1)
         return output
 
-    def _route(self, name: str, query: Tensor, sequence: Sequence, losses: list[Any] | None) -> RoutedTokens:
-        """The ``item`` or ``window`` branch's tokens and their routing; rows without a token are not active."""
+    def _route(
+        self, name: str, query: Tensor, sequence: Sequence | SharedSequence, losses: list[Any] | None
+    ) -> RoutedTokens:
+        """The ``item`` or ``window`` branch's tokens and their routing; rows without a token are not active.
+
+        Of shared histories, the tokens and their members are by history, gates and activity by row.
+        """
         experts: RoutedExperts = getattr(self, f"{name}_experts")
         router: ThemeRouter = getattr(self, f"{name}_router")
-        tokens: Sequence | Windows = sequence if name == "item" else self.windows(sequence)
+        histories = sequence.histories if isinstance(sequence, SharedSequence) else sequence
+        tokens: Sequence | Windows = histories if name == "item" else self.windows(histories)
         if isinstance(tokens, Windows) and (tokens.align == "left" or self.router_input == "item_target"):
             tokens = tokens.sequence()
-        active = tokens.mask.any(1)
+        active = sequence.per_row(tokens.mask.any(1))
         if tokens.mask.shape[1] == 0 or not bool(active.any()):
             count = len(experts.experts)
             nobody = Routing(tokens.mask.new_zeros(*tokens.mask.shape, count), query.new_zeros(len(query), count))
@@ -273,25 +294,30 @@ class MoS(nn.Module):
             vectors = inputs.sequence() if isinstance(inputs, Windows) else inputs
             losses.append(self.commitment_weight * router.commitment(vectors))
         routing = router(inputs, gating, update_codebook=self.update_codebooks and self.training)
+        if gating is None:
+            routing = replace(routing, gates=sequence.per_row(routing.gates))
         return RoutedTokens(list(experts.experts), tokens, routing, active)
 
-    def _answer(self, branch: RoutedTokens, query: Tensor) -> Tensor:
+    def _answer(self, branch: RoutedTokens, query: Tensor, sequence: Sequence | SharedSequence) -> Tensor:
         """A branch's weighted expert answers ``[B, out]``, one expert at a time."""
         tokens = branch.tokens.sequence() if isinstance(branch.tokens, Windows) else branch.tokens
-        return run_experts(branch.experts, query, tokens, branch.routing, branch.active)
+        read = SharedSequence(tokens, sequence.owner) if isinstance(sequence, SharedSequence) else tokens
+        return run_experts(branch.experts, query, read, branch.routing, branch.active)
 
     @torch.no_grad()
-    def _still_answer(self, query: Tensor, sequence: Sequence) -> Tensor:
+    def _still_answer(self, query: Tensor, sequence: Sequence | SharedSequence) -> Tensor:
         """The global answer as in evaluation: no dropout, no batch statistics."""
         was_training = [(module, module.training) for module in self.global_expert.modules()]
         self.global_expert.eval()
         try:
-            return self.global_expert(query, sequence)
+            return call_block(self.global_expert, query, sequence)
         finally:
             for module, training in was_training:
                 module.training = training
 
-    def _rest(self, query: Tensor, sequence: Sequence, weight: Tensor, losses: list[Any] | None) -> Tensor:
+    def _rest(
+        self, query: Tensor, sequence: Sequence | SharedSequence, weight: Tensor, losses: list[Any] | None
+    ) -> Tensor:
         """The global answer where it has no weight but for rows that have nothing else."""
         rows = (weight.squeeze(1) > 1e-9).nonzero().squeeze(1)
         output = query.new_zeros(query.shape[0], self.out_dim)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.layers.fused_attention import BranchRead, SlotReads, attend_slots
+from model_zoo.layers.attention_branches import AttentionBlock, Reading, attend_branches
+from model_zoo.layers.blocks import call_block
+from model_zoo.layers.item_rows import sparse_rows
 from model_zoo.layers.routers import Routing
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.sequence import Sequence, SharedSequence
+from model_zoo.layers.window_attention import attend_windows
 from model_zoo.layers.windows import Windows
 
 
@@ -33,13 +34,15 @@ class RoutedExperts(nn.Module):
         self.experts = nn.ModuleList(block_factory() for _ in range(num_experts))
         self.out_dim: int = self.experts[0].out_dim  # type: ignore[assignment]
 
-    def forward(self, query: Tensor, sequence: Sequence, routing: Routing, active: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, sequence: Sequence | SharedSequence, routing: Routing, active: Tensor
+    ) -> Tensor:
         """Weighted expert answers.
 
         Args:
             query: ``[B, d]`` targets.
             sequence: the tokens that were routed.
-            routing: over the same rows and positions.
+            routing: gates of the same rows, members over the sequence's positions (of shared histories, over those).
             active: ``[B]`` bool; rows to serve, the others get zeros.
 
         Returns:
@@ -49,7 +52,7 @@ class RoutedExperts(nn.Module):
 
 
 def run_experts(
-    experts: ListOf[nn.Module], query: Tensor, sequence: Sequence, routing: Routing, active: Tensor
+    experts: ListOf[nn.Module], query: Tensor, sequence: Sequence | SharedSequence, routing: Routing, active: Tensor
 ) -> Tensor:
     """`RoutedExperts.forward` of any blocks, one expert at a time."""
     output = query.new_zeros(query.shape[0], int(experts[0].out_dim))  # type: ignore[arg-type]
@@ -57,26 +60,11 @@ def run_experts(
     for number, expert in enumerate(experts):
         rows = serves[:, number].nonzero().squeeze(1)
         if rows.numel():
-            mine = sequence.select(rows).compact(routing.members[rows, :, number])
-            answer = expert(query.index_select(0, rows), mine)
+            mine = sequence.select_kept(rows, routing.members[:, :, number])
+            answer = call_block(expert, query.index_select(0, rows), mine)
             gate = routing.gates[:, number].index_select(0, rows).unsqueeze(1)
             output = output.index_add(0, rows, (answer * gate).to(output.dtype))
     return output
-
-
-class AttentionBlock(Protocol):
-    """A block that only attends to items: experts of this kind are run together (`run_fused`)."""
-
-    attends: bool
-
-    def reads(self) -> list[BranchRead]:
-        """Its branches."""
-
-    def absorb(self, query: Tensor) -> Tensor:
-        """``[B, H, d]`` queries in the item space."""
-
-    def finish(self, query: Tensor, pooled: list[Tensor] | None) -> Tensor:
-        """Its answer from the pooled items of each branch, ``[B, h, d]``."""
 
 
 @dataclass(frozen=True)
@@ -96,93 +84,88 @@ class RoutedTokens:
     active: Tensor
 
 
-def fusable(blocks: ListOf[nn.Module], sequence: Sequence, tokens: ListOf[Sequence | Windows]) -> bool:
-    """Whether `run_fused` can run the blocks on these tokens: the histories' own items, or windows over them."""
-    return (
-        sequence.index.shape[1] > 0
-        and all(getattr(block, "attends", False) for block in blocks)
-        and all(t is sequence or (isinstance(t, Windows) and t.align == "right") for t in tokens)
-    )
+def fusable(blocks: ListOf[nn.Module], sequence: Sequence | SharedSequence) -> bool:
+    """Whether `run_fused` can run the blocks: all they do with tokens is attention.
+
+    Shared histories are read by one expert at a time: each reads only its own tokens, once for all their rows.
+    """
+    return isinstance(sequence, Sequence) and all(getattr(block, "attends", False) for block in blocks)
 
 
 def run_fused(
     query: Tensor, sequence: Sequence, whole: AttentionBlock | None, routed: ListOf[RoutedTokens]
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Answers of a block on the whole history and of routed experts, each history's items gathered once for all.
+    """Answers of a block on the whole history and of routed experts, their attention over one table done together.
 
-    The same as ``whole(query, sequence)`` and `RoutedExperts.forward` for each of ``routed``.
+    The same as ``whole(query, sequence)`` and `run_experts` for each of ``routed``; blocks of one architecture.
 
     Returns:
         ``[B, out]`` of ``whole`` (None without it) and of each of ``routed``.
     """
-    batch = query.shape[0]
-    queries, reads = [], []
-    if whole is not None:
-        queries.append(whole.absorb(query).unsqueeze(1))
-        reads.append(SlotReads(sequence.mask.unsqueeze(1)))
-    dispatches = [_Dispatch(r.routing.slots(r.active), r.experts) for r in routed]
-    for r, dispatch in zip(routed, dispatches, strict=True):
-        if dispatch.slots == 0:
-            continue
-        wanted = dispatch.expert.clamp(min=0).unsqueeze(1).expand(-1, r.tokens.mask.shape[1], -1)
-        members = r.routing.members.gather(2, wanted).transpose(1, 2)  # [B, S, T]
-        members = members & r.tokens.mask.unsqueeze(1) & (dispatch.expert >= 0).unsqueeze(2)
-        queries.append(dispatch.absorb(query))
-        reads.append(SlotReads(members, r.tokens.pooling() if isinstance(r.tokens, Windows) else None))
+    tables: dict[int, tuple[list[Reading], list[int]]] = {}  # what is read of each item table, and for whom
+    dispatches = [_Dispatch(r) for r in routed]
+
+    def read(asker: int, reading: Reading) -> None:
+        readings, askers = tables.setdefault(id(reading.tokens.items), ([], []))
+        readings.append(reading)
+        askers.append(asker)
+
+    if whole is not None and sequence.index.numel():
+        read(-1, Reading(whole.absorb(query), sequence, aligned=True))
     first = whole if whole is not None else routed[0].experts[0]
     branches = first.reads()  # type: ignore[union-attr, operator]
-    found = attend_slots(queries, reads, branches, sequence.items, sequence.index, sequence.mask) if queries else []
-    pooled = iter(found)
-    heads = [branch.heads for branch in branches]
-    overall = None
-    if whole is not None:
-        overall = whole.finish(query, list(next(pooled).squeeze(1).split(heads, 1)))
-    answers = []
-    for r, dispatch in zip(routed, dispatches, strict=True):
-        if dispatch.slots == 0:
-            answers.append(query.new_zeros(batch, int(r.experts[0].out_dim)))  # type: ignore[arg-type]
+    found: dict[int, list[Tensor]] = {}
+    for number, (r, dispatch) in enumerate(zip(routed, dispatches, strict=True)):
+        if len(dispatch.row) == 0:
+            continue
+        absorbed, members = dispatch.absorb(query), dispatch.members(r)
+        if isinstance(r.tokens, Windows) and r.tokens.align == "right" and sparse_rows(r.tokens.source.items):
+            found[number] = attend_windows(absorbed, r.tokens, dispatch.row, members, branches)
         else:
-            answers.append(dispatch.finish(query, next(pooled), heads, r.routing.gates))
+            tokens = r.tokens.sequence() if isinstance(r.tokens, Windows) else r.tokens
+            chosen = Sequence(tokens.items, tokens.index[dispatch.row], members, memo=tokens.memo)
+            read(number, Reading(absorbed, chosen, aligned=False))
+    for readings, askers in tables.values():
+        found |= zip(askers, attend_branches(readings, branches), strict=True)
+    overall = None if whole is None else whole.finish(query, found.get(-1))
+    answers = [
+        dispatch.finish(query, found.get(number), r.routing.gates)
+        for number, (r, dispatch) in enumerate(zip(routed, dispatches, strict=True))
+    ]
     return overall, answers
 
 
 class _Dispatch:
-    """Rows in the order of their experts.
+    """The (row, expert) pairs to serve, M of them, expert by expert."""
 
-    Args:
-        expert: ``[B, S]`` int64 the expert in each slot, -1 = none.
-        experts: blocks.
-    """
+    def __init__(self, routed: RoutedTokens) -> None:
+        serves = (routed.routing.gates != 0) & routed.active.unsqueeze(1)  # [B, n]
+        self.experts = routed.experts
+        self.expert, self.row = serves.T.nonzero(as_tuple=True)
+        self.counts: list[int] = serves.sum(0).tolist()
 
-    def __init__(self, expert: Tensor, experts: ListOf[nn.Module]) -> None:
-        self.expert, self.experts = expert, experts
-        self.slots = expert.shape[1]
-        flat = expert.reshape(-1)
-        order = flat.argsort(stable=True)  # empty slots first
-        counts = torch.bincount(flat + 1, minlength=len(experts) + 1).tolist()
-        self.empty, self.counts = counts[0], counts[1:]
-        self.order = order[self.empty :]  # served slots, by expert
-        self.inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        self.rows = self.order // max(self.slots, 1)
+    def parts(self, query: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        """Each serving expert with its rows' targets."""
+        split = query.index_select(0, self.row).split(self.counts)
+        return [(expert, rows) for expert, rows in zip(self.experts, split, strict=True) if len(rows)]
 
     def absorb(self, query: Tensor) -> Tensor:
-        """``[B, S, H, d]`` queries of each slot's expert; zeros in empty slots."""
-        parts = query.index_select(0, self.rows).split(self.counts)
-        absorbed = [block.absorb(part) for block, part in zip(self.experts, parts, strict=True) if len(part)]  # type: ignore[operator]
-        empty = absorbed[0].new_zeros(self.empty, *absorbed[0].shape[1:])
-        by_slot = torch.cat([empty, *absorbed]).index_select(0, self.inverse)
-        return by_slot.view(-1, self.slots, *by_slot.shape[1:])
+        """``[M, H, d]`` targets as their experts' queries in the item space."""
+        return torch.cat([expert.absorb(rows) for expert, rows in self.parts(query)])  # type: ignore[operator]
 
-    def finish(self, query: Tensor, pooled: Tensor, heads: list[int], gates: Tensor) -> Tensor:
-        """``[B, out]`` gate-weighted answers from the pooled items ``[B, S, H, d]``."""
-        queries = query.index_select(0, self.rows).split(self.counts)
-        served = pooled.flatten(0, 1).index_select(0, self.order).split(self.counts)
-        answers = torch.cat([
-            block.finish(rows, list(mine.split(heads, 1)))  # type: ignore[operator]
-            for block, rows, mine in zip(self.experts, queries, served, strict=True)
-            if len(rows)
-        ])  # fmt: skip
-        gate = gates.gather(1, self.expert.clamp(min=0)).view(-1, 1).index_select(0, self.order)
-        width = answers.shape[1]
-        slots = F.pad(answers * gate, (0, 0, self.empty, 0)).index_select(0, self.inverse)
-        return slots.view(-1, self.slots, width).sum(1).to(query.dtype)
+    def members(self, routed: RoutedTokens) -> Tensor:
+        """``[M, T]`` bool, the tokens that each pair reads: each expert the tokens routed to it."""
+        return routed.routing.members[self.row, :, self.expert] & routed.tokens.mask[self.row]
+
+    def finish(self, query: Tensor, pooled: list[Tensor] | None, gates: Tensor) -> Tensor:
+        """``[B, out]`` gate-weighted answers from the pooled tokens of each branch, ``[M, h, d]``."""
+        output = query.new_zeros(query.shape[0], int(self.experts[0].out_dim))  # type: ignore[arg-type]
+        if pooled is None:
+            return output
+        served = zip(*(branch.split([c for c in self.counts if c]) for branch in pooled), strict=True)
+        answers = [
+            expert.finish(rows, list(mine))  # type: ignore[operator]
+            for (expert, rows), mine in zip(self.parts(query), served, strict=True)
+        ]
+        gate = gates[self.row, self.expert].unsqueeze(1)
+        return output.index_add(0, self.row, (torch.cat(answers) * gate).to(output.dtype))

@@ -7,7 +7,8 @@ case of as many items as positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,13 @@ class Sequence:
         items: ``[U, d]`` vectors of the distinct items, U >= 1.
         index: ``[B, T]`` int64, the row of ``items`` at each position; any valid row where ``mask`` is False.
         mask: ``[B, T]`` bool, True = real.
+        memo: what blocks computed of ``items`` alone, for the next block that reads a part of the same batch.
     """
 
     items: Tensor
     index: Tensor
     mask: Tensor
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
 
     @staticmethod
     def from_vectors(vectors: Tensor, mask: Tensor) -> Sequence:
@@ -61,11 +64,19 @@ class Sequence:
         start = self.index.shape[1] - count
         if start <= 0:
             return self
-        return Sequence(self.items, self.index[:, start:], self.mask[:, start:])
+        return Sequence(self.items, self.index[:, start:], self.mask[:, start:], memo=self.memo)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Values by history as values by row: the same. See `SharedSequence`."""
+        return values
 
     def select(self, rows: Tensor) -> Sequence:
         """The given batch rows (int64 ``[R]``)."""
-        return Sequence(self.items, self.index[rows], self.mask[rows])
+        return Sequence(self.items, self.index[rows], self.mask[rows], memo=self.memo)
+
+    def select_kept(self, rows: Tensor, keep: Tensor) -> Sequence:
+        """The given batch rows (int64 ``[R]``), each compacted to its tokens in ``keep [B, T]``."""
+        return self.select(rows).compact(keep[rows])
 
     def compact(self, keep: Tensor) -> Sequence:
         """Only the kept real tokens of each row, order unchanged, moved to the right end; T becomes the longest row's.
@@ -80,12 +91,55 @@ class Sequence:
         slot = torch.where(keep, first + keep.cumsum(1), length)  # dropped tokens share a spare column
         index = self.index.new_zeros(self.index.shape[0], length + 1).scatter_(1, slot, self.index)[:, :length]
         columns = torch.arange(length, device=index.device)
-        return Sequence(self.items, index, columns >= (length - counts).unsqueeze(1))
+        return Sequence(self.items, index, columns >= (length - counts).unsqueeze(1), memo=self.memo)
 
     def right_aligned(self) -> Sequence:
         """This sequence, or its compaction if padding stands anywhere but before the first real token of a row."""
         gaps = self.mask[:, :-1] & ~self.mask[:, 1:]
         return self.compact(self.mask) if bool(gaps.any()) else self
+
+
+@dataclass(frozen=True)
+class SharedSequence:
+    """A batch in which rows share histories: P histories, each held once, and which of them each row reads.
+
+    It is no `Sequence`, so that a block which takes a row for a history fails: `call_block` gives such a block the
+    `expanded` sequence. For prediction only.
+
+    Attributes:
+        histories: the P histories.
+        owner: ``[B]`` int64 in [0, P), the history of each row, in any order; a history may have no row.
+    """
+
+    histories: Sequence
+    owner: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[B]`` number of real tokens."""
+        return self.per_row(self.histories.lengths)
+
+    def expanded(self) -> Sequence:
+        """The same batch as one history per row."""
+        return self.histories.select(self.owner)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Values by history ``[P, ...]`` as values by row ``[B, ...]``."""
+        return values.index_select(0, self.owner)
+
+    def last(self, count: int) -> SharedSequence:
+        """The newest ``count`` columns."""
+        return SharedSequence(self.histories.last(count), self.owner)
+
+    def select(self, rows: Tensor) -> SharedSequence:
+        """The given batch rows (int64 ``[R]``) and the histories that they read."""
+        kept, owner = distinct_items(self.owner[rows], self.histories.index.shape[0])
+        return SharedSequence(self.histories.select(kept), owner)
+
+    def select_kept(self, rows: Tensor, keep: Tensor) -> SharedSequence:
+        """The given batch rows (int64 ``[R]``), their histories compacted to the tokens in ``keep [P, T]``."""
+        kept, owner = distinct_items(self.owner[rows], self.histories.index.shape[0])
+        return SharedSequence(self.histories.select_kept(kept, keep), owner)
 
 
 def distinct_items(index: Tensor, num_items: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from model_zoo.layers.dselect_k_router import DSelectKRouter
 from model_zoo.layers.expert_choice_router import ExpertChoiceRouter
 from model_zoo.layers.gshard_router import GShardRouter
 from model_zoo.layers.random_state import isolated_rng
-from model_zoo.layers.routed_experts import RoutedExperts
+from model_zoo.layers.routed_experts import RoutedExperts, RoutedTokens, fusable, run_fused
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.token_router import Aggregate
 
@@ -92,12 +92,18 @@ class SharedExpertMoE(nn.Module):
         Returns:
             ``[B, out_dim]``.
         """
-        shared = call_block(self.global_expert, query, sequence, losses)
         if self.experts is None or self.router is None:
-            return shared
+            return call_block(self.global_expert, query, sequence, losses)
         routing = self.router(sequence, losses)
         served = (routing.gates > 0).any(1)  # [B]
-        routed = self.experts(query, sequence, routing, served)
+        if fusable([self.global_expert, *self.experts.experts], sequence):
+            branch = RoutedTokens(list(self.experts.experts), sequence, routing, served)
+            found, [routed] = run_fused(query, sequence, self.global_expert, [branch])  # type: ignore[arg-type]
+            assert found is not None
+            shared = found
+        else:
+            shared = call_block(self.global_expert, query, sequence, losses)
+            routed = self.experts(query, sequence, routing, served)
         if self.combine == "sum":
             return shared + self.alpha_routed * routed
         weight = 1 - self.alpha_routed * served.to(shared.dtype).unsqueeze(1)

@@ -3,12 +3,11 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.layers.attend_items import MASKED_SCORE, AttendPlan, gathered, run_planned
-from model_zoo.layers.fused_attention import BranchRead
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.attend_items import attend_shared
+from model_zoo.layers.attention_branches import BranchRead, run_block
+from model_zoo.layers.sequence import Sequence, SharedSequence
 
 
 class TargetAttention(nn.Module):
@@ -62,17 +61,24 @@ class TargetAttention(nn.Module):
         # with one head, W_q^T W_k and W_o W_v are d x d maps, cheaper per row than two d x a ones if d < 2a
         self.folds = use_qkvo and num_heads == 1 and item_dim < 2 * attention_dim
 
-    def forward(self, query: Tensor, sequence: Sequence) -> Tensor:
+    def forward(self, query: Tensor, sequence: Sequence | SharedSequence) -> Tensor:
         """Attend.
 
         Args:
             query: ``[B, d]`` target item.
-            sequence: history of T tokens.
+            sequence: history of T tokens; shared ones only where ``shares``.
 
         Returns:
             ``[B, d]``; zeros for rows without a real token (unless ``attend_padding``).
         """
-        return run_planned(self, query, sequence)
+        if isinstance(sequence, SharedSequence):
+            return self.finish(query, [attend_shared(self.absorb(query), sequence, self.topk)])
+        return run_block(self, query, sequence)
+
+    @property
+    def shares(self) -> bool:
+        """Whether it can read a history once for several rows."""
+        return not self.attend_padding
 
     @property
     def attends(self) -> bool:
@@ -81,7 +87,8 @@ class TargetAttention(nn.Module):
 
     def reads(self) -> list[BranchRead]:
         """One branch over all tokens."""
-        return [BranchRead(self.num_heads, None, self.topk, self.dropout if self.training else 0.0)]
+        dropout = self.dropout if self.training else 0.0
+        return [BranchRead(self.num_heads, None, self.topk, dropout, self.attend_padding)]
 
     def absorb(self, query: Tensor) -> Tensor:
         """Queries in the item space, ``[B, h, d]``: scores are their products with item vectors."""
@@ -94,25 +101,6 @@ class TargetAttention(nn.Module):
         else:
             absorbed = query.unsqueeze(1) * self._slices(query)
         return absorbed / self.scale
-
-    def plan(self, query: Tensor, sequence: Sequence) -> list[AttendPlan] | None:
-        """Absorbed queries and the tokens kept for them."""
-        batch, length = sequence.index.shape
-        if length == 0 or batch == 0:
-            return None
-        heads, dim = self.num_heads, query.shape[1]
-        absorbed = self.absorb(query).to(sequence.items.dtype)  # autocast lowers only one of them
-        index, mask = sequence.index, sequence.mask  # [B, T], shared by the heads
-        if self.topk is not None and self.topk < length:
-            kept = self._select(absorbed, sequence)  # [B, h, k] columns
-            index = index.unsqueeze(1).expand(-1, heads, -1).gather(2, kept).flatten(0, 1)  # [B * h, k]
-            mask = mask.unsqueeze(1).expand(-1, heads, -1).gather(2, kept).flatten(0, 1)
-            absorbed = absorbed.reshape(batch * heads, 1, dim)
-        keep = None
-        if self.training and self.dropout > 0:
-            ones = absorbed.new_ones(absorbed.shape[0], absorbed.shape[1], index.shape[1])
-            keep = F.dropout(ones, self.dropout)
-        return [AttendPlan(absorbed, index, mask, keep, self.attend_padding)]
 
     def finish(self, query: Tensor, pooled: list[Tensor] | None) -> Tensor:
         """Value and output projections of the pooled items."""
@@ -131,13 +119,3 @@ class TargetAttention(nn.Module):
         """``[h, d]`` one where an item vector's entry belongs to the head."""
         owner = torch.arange(self.out_dim, device=like.device) // (self.out_dim // self.num_heads)
         return (owner == torch.arange(self.num_heads, device=like.device).unsqueeze(1)).to(like.dtype)
-
-    @torch.no_grad()
-    def _select(self, absorbed: Tensor, sequence: Sequence) -> Tensor:
-        """Columns of each head's ``topk`` best-scored tokens, ``[B, h, topk]``."""
-        assert self.topk is not None
-        batch, length = sequence.index.shape
-        scores = absorbed.new_empty(batch, self.num_heads, length)
-        for rows, vectors in gathered(sequence.items, sequence.index):
-            torch.matmul(absorbed[rows], vectors.transpose(1, 2), out=scores[rows])
-        return scores.masked_fill_(~sequence.mask.unsqueeze(1), MASKED_SCORE).topk(self.topk, dim=-1).indices

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model_zoo.layers.item_rows import Entries, pool_rows
 from model_zoo.layers.sequence import Sequence
 
 WindowAlign = Literal["right", "left"]
@@ -72,7 +73,7 @@ class Windows:
         index, weight = self.bags
         if index.shape[0] == 0:
             return table.new_zeros(0, table.shape[1])
-        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight.to(table.dtype))
+        return pool_rows(table, index, weight)
 
     @property
     def index(self) -> Tensor:
@@ -92,22 +93,56 @@ class Windows:
         """``[B, d]`` means of each row's newest window (right-aligned windows only; zeros for a row without items)."""
         column, real = self._columns(self.start[:, -1:])
         index, weight = self.source.index.gather(1, column), self._weights(real[:, 0])
-        return F.embedding_bag(index, self.source.items, mode="sum", per_sample_weights=weight)
+        return pool_rows(self.source.items, index, weight)
 
-    def pooling(self) -> tuple[Tensor, Tensor]:
-        """Right-aligned windows as a product: a window's mean is ``inverse[b, w] * sum_l membership[l, w] x_l``.
+    @cached_property
+    def rows_start(self) -> Tensor:
+        """``[B + 1]`` the number of existing windows in the rows before each row."""
+        return F.pad(self.mask.sum(1).cumsum(0), (1, 0))
+
+    @cached_property
+    def column(self) -> Tensor:
+        """``[N]`` the place of each existing window in its row."""
+        return self.mask.nonzero()[:, 1]
+
+    def means_of(self, table: Tensor, rows: slice) -> Tensor:
+        """`means` of the windows of some rows alone, without a gradient."""
+        index, weight = self.bags
+        start, end = int(self.rows_start[rows.start]), int(self.rows_start[rows.stop])
+        entries = Entries(index[start:end], None)
+        with torch.no_grad():
+            return entries.pool(table, weight[start:end].reshape(-1).to(table.dtype))
+
+    def by_item(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """Weights of windows as weights of the items that they average (right-aligned windows only).
+
+        Args:
+            weight: ``[N, W]``, 0 for windows that do not exist.
+            rows: ``[N]`` int64, whose windows they are.
 
         Returns:
-            ``(membership [T, W], inverse [B, W])`` over the history's columns, padding columns left to the caller.
+            ``[N, T]`` over the history's columns (anything at padding).
         """
-        columns = torch.arange(self.source.index.shape[1], device=self.start.device).unsqueeze(1)
+        length, device = self.source.index.shape[1], weight.device
+        weight = weight * self._inverse[rows]
+        age = torch.arange(length - 1, -1, -1, device=device)
+        answer = weight.new_zeros(len(rows), length)
+        for before in range(-(-self.size // self.stride)):  # an item lies in so many windows
+            number = age // self.stride - before  # counted from the newest
+            inside = (number >= 0) & (number < self.count) & (age < number * self.stride + self.size)
+            column = (self.count - 1 - number).clamp(0, self.count - 1)
+            answer += weight.index_select(1, column) * inside
+        return answer
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """``[B, W]`` one over the number of items that a window's sum is divided by."""
         dtype = self.source.items.dtype
-        membership = ((columns >= self.start) & (columns < self.start + self.size)).to(dtype)  # [T, W]
         if self.divide_by == "size":
-            return membership, torch.full(self.mask.shape, 1 / self.size, dtype=dtype, device=self.start.device)
+            return torch.full(self.mask.shape, 1 / self.size, dtype=dtype, device=self.start.device)
         oldest = (self.source.index.shape[1] - self.source.lengths).unsqueeze(1)  # [B, 1]
         count = self.start + self.size - torch.maximum(self.start, oldest)
-        return membership, 1 / count.clamp(min=1).to(dtype)
+        return 1 / count.clamp(min=1).to(dtype)
 
     def _columns(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """Columns ``[B, W * size]`` of the windows that start at ``start``, and which are real items ``[B, W, size]``."""

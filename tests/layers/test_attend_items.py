@@ -1,11 +1,11 @@
-"""The fused attention over item rows: its value, its hand-written gradient, and many calls run as one."""
+"""The attention over gathered item rows: its value and its hand-written gradient."""
 
 import pytest
 import torch
 from oracles import gradients, ragged
 
 from model_zoo.layers import attend_items as module
-from model_zoo.layers.attend_items import AttendPlan, attend_items, attend_plans
+from model_zoo.layers.attend_items import attend_items
 
 # float64 sums of at most a few dozen terms of order one, taken in another order
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -62,25 +62,3 @@ def test_constant_items_leave_the_query_gradient_as_it_is():
     (expected,) = gradients(attend_items(query, sequence.items, sequence.index, sequence.mask), [query])
     (got,) = gradients(attend_items(query, sequence.items.detach(), sequence.index, sequence.mask), [query])
     assert torch.equal(got, expected)
-
-
-def test_plans_of_different_lengths_heads_and_dropout_give_what_single_calls_give():
-    items = ragged([], 5).items
-    shapes = [(3, 1, 4, True, False), (2, 1, 7, False, False), (4, 2, 3, True, False), (2, 2, 5, False, True),
-              (1, 1, 1, False, False), (2, 1, 6, False, True)]  # fmt: skip
-    plans = []
-    for seed, (rows, heads, length, dropout, attend_padding) in enumerate(shapes):
-        generator = torch.Generator().manual_seed(seed)
-        query = torch.randn(rows, heads, 5, generator=generator, dtype=torch.double).requires_grad_()
-        index = torch.randint(len(items), (rows, length), generator=generator)
-        mask = torch.arange(length) >= torch.randint(length + 1, (rows, 1), generator=generator)
-        keep = dropout_factors(rows, heads, length, seed=seed) if dropout else None
-        plans.append(AttendPlan(query, index, mask, keep, attend_padding))
-    together = attend_plans(plans, items)
-    single = [attend_items(p.query, items, p.index, p.mask, p.keep, p.attend_padding) for p in plans]
-    for got, want in zip(together, single, strict=True):
-        torch.testing.assert_close(got, want, **EXACT)
-    leaves = [items, *(p.query for p in plans)]
-    flat = [torch.cat([answer.flatten() for answer in answers]) for answers in (together, single)]
-    for got, want in zip(gradients(flat[0], leaves), gradients(flat[1], leaves), strict=True):
-        torch.testing.assert_close(got, want, **EXACT)

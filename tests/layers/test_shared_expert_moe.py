@@ -267,8 +267,8 @@ def test_the_shared_block_and_the_router_append_their_losses_and_the_experts_do_
     losses: list[Tensor] = []
     layer(query, sequence, losses)
     assert len(losses) == 2
-    torch.testing.assert_close(losses[0], layer.global_expert.linear.weight.square().sum(), **EXACT)
-    torch.testing.assert_close(losses[1], 0.5 * gshard.balance(layer.router, sequence.vectors, sequence.mask), **EXACT)
+    torch.testing.assert_close(losses[1], layer.global_expert.linear.weight.square().sum(), **EXACT)
+    torch.testing.assert_close(losses[0], 0.5 * gshard.balance(layer.router, sequence.vectors, sequence.mask), **EXACT)
     losses.clear()
     build(GShard, block=FussyBlock, alpha_routed=0.0)(query, sequence, losses)
     assert len(losses) == 1
