@@ -12,6 +12,9 @@ from torch import Tensor
 from model_zoo.layers.attend_items import MASKED_SCORE, attend_items, gathered
 from model_zoo.layers.item_rows import Entries, pool_rows, sparse_rows, spread
 
+#: heads of one row up to which reading each item once per head costs less than gathering it once for all
+FEW_HEADS = 3
+
 
 @dataclass(frozen=True)
 class RowReads:
@@ -51,6 +54,28 @@ def attend_rows(queries: ListOf[Tensor], reads: ListOf[RowReads], items: Tensor)
             answers.append(found.squeeze(1))
         return answers
     return list(_AttendRows.apply(items, tuple(reads), *queries))
+
+
+def attend_heads(query: Tensor, items: Tensor, index: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
+    """`attend_items` by whichever way suits: sparse products for few heads, a gather that serves all of many heads.
+
+    Args:
+        query: ``[R, H, d]``, already scaled.
+        items: ``[U, d]``.
+        index: ``[R, K]`` int64 rows of ``items``.
+        mask: ``[R, K]`` bool, True = real.
+        keep: ``[R, H, K]`` dropout factors, or None.
+
+    Returns:
+        ``[R, H, d]``; zeros for rows without a real token.
+    """
+    heads = query.shape[1]
+    if not sparse_rows(items) or heads > FEW_HEADS:
+        return attend_items(query, items, index, mask, keep)
+    read = RowReads(
+        index.repeat_interleave(heads, 0), mask.repeat_interleave(heads, 0), None if keep is None else keep.flatten(0, 1)
+    )
+    return attend_rows([query.to(items.dtype).flatten(0, 1)], [read], items)[0].view(query.shape)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from model_zoo.layers.attention_branches import AttentionBlock, Reading, attend_
 from model_zoo.layers.blocks import call_block
 from model_zoo.layers.item_rows import sparse_rows
 from model_zoo.layers.routers import Routing
-from model_zoo.layers.sequence import Sequence, SharedSequence
+from model_zoo.layers.sequence import Sequence, SharedSequence, own_tables
 from model_zoo.layers.window_attention import attend_windows
 from model_zoo.layers.windows import Windows
 
@@ -57,13 +58,17 @@ def run_experts(
     """`RoutedExperts.forward` of any blocks, one expert at a time."""
     output = query.new_zeros(query.shape[0], int(experts[0].out_dim))  # type: ignore[arg-type]
     serves = (routing.gates != 0) & active.unsqueeze(1)
-    for number, expert in enumerate(experts):
-        rows = serves[:, number].nonzero().squeeze(1)
-        if rows.numel():
-            mine = sequence.select_kept(rows, routing.members[:, :, number])
-            answer = call_block(expert, query.index_select(0, rows), mine)
-            gate = routing.gates[:, number].index_select(0, rows).unsqueeze(1)
-            output = output.index_add(0, rows, (answer * gate).to(output.dtype))
+    serving = [number for number, rows in enumerate(serves.T.any(1).tolist()) if rows]
+    rows = [serves[:, number].nonzero().squeeze(1) for number in serving]
+    read: list[Any] = [
+        sequence.select_kept(mine, routing.members[:, :, number]) for number, mine in zip(serving, rows, strict=True)
+    ]
+    if isinstance(sequence, Sequence):
+        read = own_tables(read)
+    for number, mine, tokens in zip(serving, rows, read, strict=True):
+        answer = call_block(experts[number], query.index_select(0, mine), tokens)
+        gate = routing.gates[:, number].index_select(0, mine).unsqueeze(1)
+        output = output.index_add(0, mine, (answer * gate).to(output.dtype))
     return output
 
 

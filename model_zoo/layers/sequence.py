@@ -7,12 +7,16 @@ case of as many items as positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+#: the share of a table's rows up to which sequences get tables of their own
+OWN_TABLE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,31 @@ class Sequence:
         """This sequence, or its compaction if padding stands anywhere but before the first real token of a row."""
         gaps = self.mask[:, :-1] & ~self.mask[:, 1:]
         return self.compact(self.mask) if bool(gaps.any()) else self
+
+
+def own_tables(sequences: ListOf[Sequence]) -> list[Sequence]:
+    """The same sequences, each over a table of the items that it holds.
+
+    What a block computes of every row of its table it then computes of its own items alone. Where that is most of the
+    table, the sequences are left as they are.
+
+    Args:
+        sequences: over one table.
+    """
+    if not sequences:
+        return []
+    items = sequences[0].items
+    found = [distinct_items(s.index[s.mask], len(items)) for s in sequences]
+    sizes = [max(len(rows), 1) for rows, _ in found]
+    if sum(sizes) > OWN_TABLE_SHARE * len(items) * len(sequences):
+        return list(sequences)
+    chosen = torch.cat([rows if len(rows) else rows.new_zeros(1) for rows, _ in found])
+    tables = F.embedding(chosen, items).split(sizes)
+    trimmed = []
+    for sequence, table, (_, place) in zip(sequences, tables, found, strict=True):
+        index = torch.zeros_like(sequence.index).masked_scatter_(sequence.mask, place)
+        trimmed.append(Sequence(table, index, sequence.mask))
+    return trimmed
 
 
 @dataclass(frozen=True)

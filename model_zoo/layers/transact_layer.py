@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_zoo.layers.attend_items import attend_items
+from model_zoo.layers.attend_rows import attend_heads
+from model_zoo.layers.dropout import dropout_factors
 from model_zoo.layers.encoder_layer import EncoderLayer
 from model_zoo.layers.positions import Positions, projected
 from model_zoo.layers.sequence import Sequence
@@ -78,13 +79,12 @@ class TransActLayer(EncoderLayer):
     def _pool(self, query: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
         """Attention-weighted sums of items, and the sums of the weights that dropout kept (one without dropout)."""
         if not self.training or self.attention_dropout == 0:
-            pooled = attend_items(query, sequence.items, sequence.index, sequence.mask)
+            pooled = attend_heads(query, sequence.items, sequence.index, sequence.mask)
             return pooled, query.new_ones(*query.shape[:2], 1)
-        keep = query.new_ones(*query.shape[:2], sequence.index.shape[1])
-        keep = F.dropout(keep, self.attention_dropout)
+        keep = dropout_factors((*query.shape[:2], sequence.index.shape[1]), self.attention_dropout, query)
         # a column of ones is pooled to the sum of the weights; its query is zero, so it adds nothing to the scores
         items = F.pad(sequence.items, (0, 1), value=1.0)
-        pooled = attend_items(F.pad(query, (0, 1)), items, sequence.index, sequence.mask, keep)
+        pooled = attend_heads(F.pad(query, (0, 1)), items, sequence.index, sequence.mask, keep)
         return pooled[..., :-1], pooled[..., -1:]
 
     def _attend_all(self, sequence: Sequence, target: Tensor | None) -> Tensor:

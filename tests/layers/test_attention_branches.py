@@ -171,3 +171,17 @@ def test_what_can_be_fused():
     assert fusable(blocks(2), sequence)
     assert not fusable([*blocks(2), torch.nn.Identity()], sequence)
     assert not fusable(blocks(2), SharedSequence(sequence, torch.tensor([0, 1, 1])))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_heads_of_a_row_equal_gathered_attention(heads, dropout):
+    sequence = ragged([4, 0, 2, 1], DIM, padding=1)
+    query = torch.randn(4, heads, DIM, dtype=torch.double, requires_grad=True)
+    keep = torch.randint(2, (4, heads, 5)).double() * 2 if dropout else None
+    given = (query, sequence.items, sequence.index, sequence.mask, keep)
+    got, want = rows_module.attend_heads(*given), attend_items(*given)
+    torch.testing.assert_close(got, want, **EXACT)
+    leaves = [query, sequence.items]
+    for a, b in zip(gradients(got, leaves), gradients(want, leaves), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
