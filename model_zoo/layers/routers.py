@@ -128,7 +128,8 @@ class ThemeRouter(nn.Module):
             hidden = self.encode_tokens(tokens)  # [U, D]
             best = self.codebook.cosine(hidden).topk(self.topk, dim=-1).indices  # [U, k]
             table = torch.zeros(max(len(best), 1), self.codebook.num_themes, dtype=torch.bool, device=best.device)
-            members = table.scatter_(1, best, True)[tokens.index]  # [B, T, n]
+            found = table.scatter_(1, best, True).index_select(0, tokens.index.reshape(-1))
+            members = found.view(*tokens.index.shape, -1)  # [B, T, n]
             if gating is None:
                 chosen = best[tokens.index[:, -1]] if len(best) else best.new_zeros(len(members), self.topk)
             else:
