@@ -65,8 +65,8 @@ def row_of(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def document(rows: dict[str, dict[str, Any]]) -> str:
-    """The table, models in the registry's order."""
+def document(rows: dict[str, dict[str, Any]], note: str = "") -> str:
+    """The table, models in the registry's order, under a note on how it was made."""
     names = model_names()
     order = sorted(rows, key=lambda name: (names.index(name) if name in names else len(names), name))
     lines = []
@@ -87,6 +87,7 @@ def document(rows: dict[str, dict[str, Any]]) -> str:
         "the peak is the process's resident memory, libraries included.",
         "",
         *made,
+        *([f"- {note}"] if note else []),
         "",
         markdown(HEADER, lines),
         "",
@@ -98,19 +99,20 @@ def _holders(machine: str, rows: dict[str, dict[str, Any]], order: list[str], ma
     return "" if machines == 1 else ": " + ", ".join(name for name in order if rows[name]["machine"] == machine)
 
 
-def save(folder: str, rows: dict[str, dict[str, Any]]) -> None:
+def save(folder: str, rows: dict[str, dict[str, Any]], note: str = "") -> None:
     """Both files, each whole."""
-    write_json(os.path.join(folder, "zoo.json"), {"models": rows})
-    write_whole(os.path.join(folder, "ZOO.md"), document(rows))
+    write_json(os.path.join(folder, "zoo.json"), {"note": note, "models": rows})
+    write_whole(os.path.join(folder, "ZOO.md"), document(rows, note))
 
 
-def load(folder: str) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier call."""
+def load(folder: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """The rows and the note of an earlier call."""
     path = os.path.join(folder, "zoo.json")
     if not os.path.exists(path):
-        return {}
+        return {}, ""
     with open(path, encoding="utf-8") as file:
-        return json.load(file)["models"]
+        record = json.load(file)
+    return record["models"], record.get("note", "")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,11 +122,15 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one disturbs the seconds")
     options.add_argument("--again", action="store_true", help="run models that have a row, too")
     options.add_argument("--out", default=HERE, metavar="DIR", help="where both files go (default: this folder)")
+    options.add_argument("--note", help="a line on how the runs were made (default: the earlier call's)")
     options.add_argument("--config", default=os.path.join(ROOT, "config"), metavar="DIR", help="as of run_expid.py")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of run_expid.py")
     chosen = options.parse_args(argv)
     os.makedirs(chosen.out, exist_ok=True)
-    rows = load(chosen.out)
+    rows, note = load(chosen.out)
+    note = note if chosen.note is None else chosen.note
+    if rows:
+        save(chosen.out, rows, note)
     wanted = [name for name in chosen.models or model_names() if chosen.again or name not in rows]
     failed = 0
     with ThreadPoolExecutor(max_workers=max(chosen.jobs, 1)) as pool:
@@ -137,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed += 1
                 print(f"[{number}/{len(wanted)}] {name}: failed: {error}", flush=True)
                 continue
-            save(chosen.out, rows)
+            save(chosen.out, rows, note)
             auc, seconds, peak = rows[name]["test"]["AUC"], rows[name]["seconds"]["fit"], rows[name]["peak_mib"]
             print(f"[{number}/{len(wanted)}] {name}: test AUC {auc:.4f}, {seconds:.1f} s, {peak:.0f} MiB", flush=True)
     print(f"{len(rows)} models in {os.path.join(chosen.out, 'ZOO.md')}, {failed} failed")
