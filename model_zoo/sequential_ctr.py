@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
-from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
@@ -13,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.batch import MEAN_ROWS, AnyBatch, Batch, ItemFeatures, neighbours_histories
-from model_zoo.compat import FeatureEmbedding, FeatureMap
+from model_zoo.checkpoint import misfits, read_state, write_state
+from model_zoo.compat import FeatureMap
+from model_zoo.embedding import Pretrained, build_embedding
 from model_zoo.errors import ConfigError, DataError
 from model_zoo.layers.blocks import call_block
+from model_zoo.layers.compiled import compile_dense
 from model_zoo.layers.dropout import use_fast_dropout
 from model_zoo.layers.heads import HeadInputs, HeadShape, Loss
-from model_zoo.layers.pretrained import PretrainedVectors
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.sequence import Sequence, SharedSequence, distinct_items
 from model_zoo.scoring import score
@@ -26,8 +26,6 @@ from model_zoo.training import TrainingLoop
 
 if TYPE_CHECKING:
     from model_zoo.registry import Backbone, Method
-
-Pretrained = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class SequentialCTR(TrainingLoop):
@@ -51,6 +49,12 @@ class SequentialCTR(TrainingLoop):
         loss: ``binary_crossentropy`` or a loss of ``torch.nn.functional``.
         block_scope: what one expert is a copy of: the ``full`` interest module, or its ``long`` branch.
         longctr_compat: reproduce LongCTR on FuxiCTR 2.3.2, quirks included.
+        sparse_embedding_updates: another algorithm than Adam, for tables far larger than a batch: of the feature
+            embedding's tables a step updates only the rows that its batches touch. Moments of the other rows do not
+            decay, and the regulariser sees a row only in batches that hold it. Needs optimizer adam.
+        precision: ``bfloat16`` runs block and head under autocast; embedding, routing, codebooks, predictions, loss and
+            weights stay float32.
+        compile: hand the head's MLPs and cross networks to ``torch.compile``; the first batches take longer.
     """
 
     backbone: ClassVar[Backbone]
@@ -74,6 +78,9 @@ class SequentialCTR(TrainingLoop):
         loss: str = "binary_crossentropy",
         block_scope: Literal["full", "long"] = "full",
         longctr_compat: bool = False,
+        sparse_embedding_updates: bool = False,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compile: bool = False,
         **params: Any,
     ) -> None:
         if longctr_compat and self.method is not None:
@@ -87,8 +94,10 @@ class SequentialCTR(TrainingLoop):
             learning_rate=learning_rate,
             accumulation_steps=accumulation_steps,
             longctr_compat=longctr_compat,
+            sparse_embedding_updates=sparse_embedding_updates,
             **params,
         )
+        self.precision = precision
         self.item_names = [n for n, spec in feature_map.features.items() if spec.get("source") == "item"]
         if not self.item_names:
             raise ConfigError("feature_cols: no feature has `source: item`; mark the columns of item_info.parquet so")
@@ -111,6 +120,8 @@ class SequentialCTR(TrainingLoop):
         self.compile(optimizer, loss, learning_rate)
         self.reset_parameters()
         self.model_to_device()
+        if compile:
+            compile_dense(self.head, self.device)
 
     @staticmethod
     def _width(spec: dict[str, Any], embedding_dim: int) -> int:
@@ -137,10 +148,13 @@ class SequentialCTR(TrainingLoop):
             ``y_pred`` ``[B, 1]`` and ``losses``, the weighted auxiliary losses of block and head.
         """
         context, target, sequence = self._read(inputs, share=not self.training and not torch.is_grad_enabled())
-        losses: list[Loss] = []
-        interest = call_block(self.block, target, sequence, losses)
         embedded = self.embedding_layer(context, flatten_emb=True) if context else None
-        logits = self.head(HeadInputs(embedded, target, interest, context, losses))
+        losses: list[Loss] = []
+        with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext():
+            interest = call_block(self.block, target, sequence, losses)
+            logits = self.head(HeadInputs(embedded, target, interest, context, losses))
+        if logits.dtype == torch.bfloat16:
+            logits = logits.float()
         return {"y_pred": self.output_activation(logits), "losses": losses}
 
     @overload
@@ -210,13 +224,7 @@ class SequentialCTR(TrainingLoop):
 
     def save_weights(self, checkpoint: str) -> None:
         """Write the state dict whole or not at all."""
-        partial = f"{checkpoint}.partial"
-        try:
-            torch.save(self.state_dict(), partial)
-            os.replace(partial, checkpoint)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        write_state(self.state_dict(), checkpoint)
 
     def place_checkpoints(self, directory: str) -> None:
         """Keep this model's checkpoints in ``directory``, under its ``model_id``."""
@@ -229,14 +237,8 @@ class SequentialCTR(TrainingLoop):
         Raises:
             ConfigError: the file is missing, or its parameters do not fit this model.
         """
-        if not os.path.exists(checkpoint):
-            raise ConfigError(f"{checkpoint}: no such checkpoint")
-        try:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
-            raise ConfigError(f"{checkpoint}: cannot be read as a checkpoint; give another file, or train again") from None
-        state = self.from_longctr(state)
-        faults = _misfits(self.state_dict(), state)
+        state = self.from_longctr(read_state(checkpoint))
+        faults = misfits(self.state_dict(), state)
         if faults:
             raise ConfigError(f"{checkpoint}: does not fit {type(self).__name__}: {'; '.join(faults[:4])}")
         self.load_state_dict(state)
@@ -264,37 +266,6 @@ class SequentialCTR(TrainingLoop):
         return {**counts, "total": sum(counts.values()), "experts": sum(beside.values())}
 
 
-def build_embedding(feature_map: FeatureMap, embedding_dim: int, pretrained: Pretrained) -> FeatureEmbedding:
-    """FuxiCTR's feature embedding; features with ``pretrained_emb`` get `PretrainedVectors` in their place.
-
-    Raises:
-        ConfigError: a feature names ``pretrained_emb`` but its vectors were not given.
-    """
-    plain = copy.copy(feature_map)
-    plain.features = {
-        name: {key: value for key, value in spec.items() if key != "pretrained_emb"}
-        for name, spec in feature_map.features.items()
-    }
-    layer = FeatureEmbedding(plain, embedding_dim)
-    for name, spec in feature_map.features.items():
-        if "pretrained_emb" in spec:
-            if name not in pretrained:
-                raise ConfigError(f"{name}: pretrained_emb is set, but its vectors were not loaded (pretrained=)")
-            vectors, known = pretrained[name]
-            layer.embedding_layer.embedding_layers[name] = PretrainedVectors(
-                vectors,
-                known,
-                spec.get("embedding_dim", embedding_dim),
-                spec.get("pretrain_usage", "init"),
-                spec.get("freeze_emb", True),
-            )
-    tables = layer.embedding_layer.embedding_layers
-    for name, spec in feature_map.features.items():
-        if spec.get("share_embedding") in tables:
-            tables[name] = tables[spec["share_embedding"]]
-    return layer
-
-
 def _initialise(modules: list[nn.Module]) -> None:
     """Xavier-normal weights and zero biases for plain Linear and Conv1d, then each module's own FuxiCTR hook."""
     for module in modules:
@@ -306,13 +277,3 @@ def _initialise(modules: list[nn.Module]) -> None:
         hook = getattr(module, "init_weights", None) or getattr(module, "reset_custom_params", None)
         if callable(hook):
             hook()
-
-
-def _misfits(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
-    """What keeps a state dict from loading, a clause for each parameter; nothing is loaded before this is empty."""
-    faults = [f"{name} is missing" for name in own if name not in given]
-    faults += [f"{name} is not in this model" for name in given if name not in own]
-    for name, value in own.items():
-        if name in given and given[name].shape != value.shape:
-            faults.append(f"{name} is {tuple(given[name].shape)}, not {tuple(value.shape)}")
-    return faults

@@ -6,18 +6,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from model_zoo.batch import AnyBatch, Batch
-from model_zoo.compat import BaseModel, FeatureEmbeddingDict, FeatureMap, get_loss, get_optimizer, get_regularizer
+from model_zoo.compat import BaseModel, FeatureMap, get_loss, get_optimizer
 from model_zoo.errors import ConfigError
 from model_zoo.pipeline.metrics import evaluate_metrics
+from model_zoo.regularization import Term, add_gradient, penalty, terms
+from model_zoo.sparse_optimizer import RowAdam, clip_gradients, one_batch_gradients, use_sparse_tables
 
 logger = logging.getLogger("model_zoo")
 
@@ -30,6 +33,7 @@ class TrainingLoop(BaseModel):
         learning_rate: of the optimizer.
         accumulation_steps: batches per optimizer step; an epoch's last incomplete group is stepped at its end.
         longctr_compat: LongCTR's loop: the incomplete group is carried into the next epoch.
+        sparse_embedding_updates: a step moves only the table rows that its batches touch, see `RowAdam`.
         params: FuxiCTR's own keys.
     """
 
@@ -40,6 +44,7 @@ class TrainingLoop(BaseModel):
         learning_rate: float,
         accumulation_steps: int,
         longctr_compat: bool,
+        sparse_embedding_updates: bool = False,
         embedding_regularizer: float | str | None = None,
         net_regularizer: float | str | None = None,
         **params: Any,
@@ -52,6 +57,7 @@ class TrainingLoop(BaseModel):
         )
         self.accumulation_steps = accumulation_steps
         self.longctr_compat = longctr_compat
+        self.sparse_embedding_updates = sparse_embedding_updates
         self.learning_rate = learning_rate
         self._configured_eval_steps: int | None = params.get("eval_steps")
         self.history: list[dict[str, Any]] = []
@@ -75,40 +81,38 @@ class TrainingLoop(BaseModel):
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, return_dict: dict[str, Any], y_true: Tensor) -> Tensor:
-        """Task loss, the block's auxiliary terms and the regulariser."""
-        loss = self.add_loss(return_dict, y_true) + self.regularization_loss()
+        """Task loss, the block's auxiliary terms and the regulariser, all differentiable.
+
+        `train_step` comes to the same gradients without the regulariser's part of the graph: it calls `data_loss`, so to
+        train on another loss override that one, or FuxiCTR's ``add_loss``.
+        """
+        return self.data_loss(return_dict, y_true) + self.regularization_loss()
+
+    def data_loss(self, return_dict: dict[str, Any], y_true: Tensor) -> Tensor:
+        """Task loss and auxiliary terms: what depends on the batch."""
+        loss = self.add_loss(return_dict, y_true)
         for term in return_dict["losses"]:
             loss = loss + (term(y_true) if callable(term) else term)
         return loss
 
     def regularization_loss(self) -> Tensor | float:
-        """FuxiCTR's regulariser over trainable parameters: ``(lambda / p) |w|_p^p``.
+        """FuxiCTR's regulariser over trainable parameters: ``(lambda / p) |w|_p^p``, see `regularization.terms`."""
+        return penalty(self._regularizer_terms())
 
-        Everything inside the feature embedding counts as embedding, the rest as net. Under ``longctr_compat`` (FuxiCTR
-        2.3.2) tables count as embedding, wherever they stand, and of the rest only weights and biases count, as net.
-        """
-        embedding, net = get_regularizer(self._embedding_regularizer), get_regularizer(self._net_regularizer)
-        total: Tensor | float = 0.0
-        if not embedding and not net:
-            return total
-        kind = nn.Embedding if self.longctr_compat else FeatureEmbeddingDict
-        inside = {id(p) for m in self.modules() if isinstance(m, kind) for p in m.parameters()}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if self.longctr_compat and name.rpartition(".")[2] not in ("weight", "bias"):
-                continue
-            for power, strength in embedding if id(parameter) in inside else net:
-                norm = parameter.abs().sum() if power == 1 else parameter.square().sum()
-                total = total + (strength / power) * norm
-        return total
+    def _regularizer_terms(self) -> Iterator[Term]:
+        return terms(self, self._embedding_regularizer, self._net_regularizer, self.longctr_compat)
 
     def compile(self, optimizer: str, loss: str, lr: float) -> None:
         """FuxiCTR's hook: choose optimizer and loss.
 
         Raises:
             NotImplementedError: torch has no such optimizer or loss.
+            ValueError: ``sparse_embedding_updates`` with another optimizer than adam.
         """
+        if self.sparse_embedding_updates:
+            if optimizer.lower() != "adam":
+                raise ValueError(f"sparse_embedding_updates needs optimizer adam, not {optimizer}")
+            use_sparse_tables(self)
         self._optimizer_name = optimizer
         self.loss_fn = get_loss(loss)
         self.use_optimizer(lr)
@@ -118,7 +122,8 @@ class TrainingLoop(BaseModel):
         self.zero_grad(set_to_none=True)
         trainable = [p for p in self.parameters() if p.requires_grad]
         if self._optimizer_name.lower() == "adam":
-            self.optimizer = torch.optim.Adam(trainable, lr=learning_rate, fused=True)
+            adam = RowAdam if self.sparse_embedding_updates else partial(torch.optim.Adam, fused=True)
+            self.optimizer = adam(trainable, lr=learning_rate)
         else:
             self.optimizer = get_optimizer(self._optimizer_name, trainable, learning_rate)
 
@@ -146,7 +151,8 @@ class TrainingLoop(BaseModel):
         """Forward and backward of one batch; an optimizer step every ``accumulation_steps`` batches.
 
         Returns:
-            The batch's whole loss (a scalar, not divided).
+            The batch's whole loss (a scalar, not divided), under ``sparse_embedding_updates`` with the regulariser of
+            the table rows that the batch touches.
 
         Raises:
             ConfigError: a prediction is NaN or infinite.
@@ -157,14 +163,17 @@ class TrainingLoop(BaseModel):
                 f"{self.phase_name} epoch {self._epoch_index + 1}, batch {self._batch_index + 1}: a prediction is not a "
                 "finite number; training diverged: lower learning_rate"
             )
-        loss = self.compute_loss(return_dict, self.get_labels(batch_data))
-        (loss / self.accumulation_steps).backward()
+        loss = self.data_loss(return_dict, self.get_labels(batch_data))
+        with one_batch_gradients(self.parameters()):
+            if loss.requires_grad:  # not so if what trains has no part in this batch, as experts in one without histories
+                (loss / self.accumulation_steps).backward()
+            regularizer = add_gradient(self._regularizer_terms(), 1 / self.accumulation_steps)
         if (self._batch_index + 1) % self.accumulation_steps == 0:
             self._optimizer_step()
-        return loss.detach()
+        return loss.detach() + regularizer
 
     def _optimizer_step(self) -> None:
-        nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self._max_gradient_norm)
+        clip_gradients([p for p in self.parameters() if p.requires_grad], self._max_gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

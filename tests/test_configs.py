@@ -210,7 +210,7 @@ def test_longctrs_defaults_load_and_their_model_predicts(model: str, dataset_id:
 
 
 #: keys of LongCTR's models that LongCTR has not
-OURS = {"hash_seed", "mask_retrieved", "filter_dropout"}
+OURS = {"hash_seed", "mask_retrieved", "filter_dropout", "sparse_embedding_updates", "precision", "compile"}
 
 
 def test_there_is_a_grid_for_each_model_data_set_and_length() -> None:

@@ -71,5 +71,10 @@ class SIMHead(nn.Module):
 
 
 def weighted_bce(weight: float, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """The label's function ``weight * BCE(sigmoid(logits), label)``."""
-    return lambda label: weight * F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype))
+    """The label's function ``weight * BCE(sigmoid(logits), label)``, in single precision at least."""
+
+    def loss(label: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return weight * F.binary_cross_entropy_with_logits(wide, label.to(wide.dtype))
+
+    return loss
