@@ -117,8 +117,9 @@ def goals_of(row: Row, model: str) -> Iterator[str]:
 
 
 def _meant(goal: Goal | Bound, row: Row, model: str) -> bool:
+    """Whether a row's model is meant; a mixture may have settings of its own (``MoS_TWIN:topk_item=1``)."""
     wanted = (goal.kind, goal.backbone, goal.model, goal.length or row["length"])
-    return wanted == (row["kind"], row["backbone"], model, row["length"])
+    return wanted == (row["kind"], row["backbone"], model.partition(":")[0], row["length"])
 
 
 def _verdict(reached: bool, goal: str, found: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from model_zoo.allocator import keep_freed_memory
 from model_zoo.compat import get_activation, get_regularizer, seed_everything
 from model_zoo.errors import ConfigError, DataError, UserError
 from model_zoo.experiment import record, report
@@ -101,6 +102,7 @@ def check_device(gpu: int) -> None:
 def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> dict[str, Any]:
     """Train and score; returns what ``metrics.json`` holds."""
     started = time.perf_counter()
+    keep_freed_memory()
     check_device(params["gpu"])
     resolve_paths(params, root)
     seed_everything(params["seed"])
