@@ -16,6 +16,7 @@ from flops_models import enter
 from speed_longctr import WORKERS, LongCTR
 from train_step import experiment
 
+from model_zoo.allocator import keep_freed_memory, return_freed_memory
 from model_zoo.compat import seed_everything
 from model_zoo.experiment.run import build_model, make_loaders
 from model_zoo.pipeline.dataset import load_dataset
@@ -31,6 +32,8 @@ SHAPE = [
     "num_hashes=8", "hash_bits=4",
 ]  # fmt: skip
 OURS, REFERENCE = "ours", "LongCTR"
+#: what is not ours
+OTHERS = (REFERENCE, "mambapy", "FuxiCTR")
 Run = Callable[[], Any]
 
 
@@ -179,6 +182,8 @@ class Result:
 def alternate(case: Case, runs: dict[str, Callable[[], Run]], unit: str, per: float = 1.0) -> Result:
     """Time each run ``case.repeats`` times after a warm-up, one after the other and again.
 
+    Ours with the C library's allocator as ``run_expid.py`` sets it, others as their own scripts leave it.
+
     Args:
         runs: by name, a function that prepares and returns what is timed.
         per: the seconds are divided by this.
@@ -193,6 +198,7 @@ def alternate(case: Case, runs: dict[str, Callable[[], Run]], unit: str, per: fl
             if name in notes or (repeat > 1 and spent[name] > case.limit):
                 continue
             try:
+                (return_freed_memory if name in OTHERS else keep_freed_memory)()
                 if name not in ready:
                     ready[name] = prepare()
                 seconds = timed(ready[name], case)

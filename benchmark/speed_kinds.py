@@ -14,7 +14,6 @@ from selective_scan import arguments, scan
 from speed_cases import OURS, REFERENCE, Bench, Case, Result, Run, alternate
 from speed_longctr import WORKERS, largest_difference, train_steps
 
-from model_zoo.allocator import keep_freed_memory
 from model_zoo.experiment.record import peak_memory
 from model_zoo.pipeline.metrics import evaluate_metrics
 
@@ -229,7 +228,6 @@ KINDS: dict[str, Callable[[Case], Result]] = {
 
 
 def measure(case: Case) -> Result:
-    """Measure a case in this process, both sides with the allocator set as an experiment sets it."""
-    keep_freed_memory()
+    """Measure a case in this process."""
     torch.set_num_threads(case.threads)
     return KINDS[case.kind](case)

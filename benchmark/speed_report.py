@@ -193,6 +193,8 @@ def document(rows: dict[str, Row], shape: str) -> str:
         "# Speed", "",
         "`python benchmark/speed.py --longctr DIR`: our models beside LongCTR's own code (of the same backbone, without",
         "experts), alternating in one process; medians. MicroVideo's shape, synthetic, every history full; " + shape + ".",
+        "Ours runs with the C library's allocator as `run_expid.py` sets it (`model_zoo/allocator.py`), the reference with",
+        "glibc's default, as its own script leaves it.",
         "`ratio` is the reference's figure by ours (above 1: ours is better), `of plain` ours by our own plain backbone's.",
         "", *(f"- {machine}{_holders(machine, rows, len(machines))}" for machine in machines),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Let the C library keep the memory that a train step frees: the next step takes it again."""
+"""Whether the C library keeps the memory that a train step frees, for the next step to take again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,37 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the setting is in force.
     """
+    return _set(1 << 30, (1 << 31) - 1)
+
+
+def return_freed_memory() -> bool:
+    """glibc's own behaviour again, as it is once large blocks have been freed: blocks from 32 MiB on are mapped anew.
+
+    Returns:
+        Whether the setting is in force.
+    """
+    library = _library()
+    changed = _set(32 << 20, 64 << 20)
+    if changed and library is not None:
+        library.malloc_trim(0)
+    return changed
+
+
+def _set(mmap_threshold: int, trim_threshold: int) -> bool:
+    """Whether glibc took both sizes (bytes)."""
+    library = _library()
+    if library is None:
+        return False
+    taken = library.mallopt(_MMAP_THRESHOLD, mmap_threshold), library.mallopt(_TRIM_THRESHOLD, trim_threshold)
+    return all(taken)
+
+
+def _library() -> ctypes.CDLL | None:
+    """The C library if it is glibc."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+    except OSError:
+        return None
