@@ -97,7 +97,8 @@ def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Both files, each whole."""
     os.makedirs(options.out, exist_ok=True)
     write_whole(os.path.join(options.out, "FLOPS.md"), tables.document(rows, options) + "\n")
-    write_json(os.path.join(options.out, "flops.json"), {"options": vars(options), "rows": rows, **environment(ROOT)})
+    chosen = {name: value for name, value in vars(options).items() if name != "out"}
+    write_json(os.path.join(options.out, "flops.json"), {"options": chosen, "rows": rows, **environment(ROOT)})
 
 
 if __name__ == "__main__":
