@@ -210,6 +210,7 @@ def document(rows: dict[str, Row], shape: str) -> str:
             text += ["", "Largest difference from the reference's results, same weights: " + ", ".join(equal) + "."]
         notes = [f"- {row['backbone']} L={row['length']}: {name}: {note}" for row in found
                  for name, note in row["notes"].items()]  # fmt: skip
+        notes += [f"- {row['backbone']} L={row['length']}: {row['remark']}" for row in found if row.get("remark")]
         text += ["", *notes] if notes else []
     if shares := loader_shares(rows):
         text += ["", "## The loader's part of a train step", ""]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -12,30 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.errors import ConfigError
-from model_zoo.layers.attend_items import attend_shared
 from model_zoo.layers.sequence import Sequence, SharedSequence
 from model_zoo.layers.transact_layer import TransActLayer
-
-
-@dataclass(frozen=True)
-class _NewestColumns(Sequence):
-    """The newest columns of each row, of the shared histories ``whole``."""
-
-    whole: SharedSequence
-
-
-class _ReadOutLayer(TransActLayer):
-    """`TransActLayer` whose `newest` also reads shared histories."""
-
-    def newest_of_shared(self, sequence: SharedSequence, target: Tensor, columns: int) -> Tensor:
-        """`newest` in evaluation: queries by row, attention to each history for all of its rows."""
-        newest = sequence.last(columns).expanded()
-        return self.newest(_NewestColumns(newest.items, newest.index, newest.mask, sequence), target, columns)
-
-    def _pool(self, query: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
-        if isinstance(sequence, _NewestColumns):
-            return attend_shared(query, sequence.whole), query.new_ones(*query.shape[:2], 1)
-        return super()._pool(query, sequence)
 
 
 class TransActBlock(nn.Module):
@@ -100,7 +77,7 @@ class TransActBlock(nn.Module):
         width = 2 * item_dim
         self.first_k_cols = first_k_cols
         self.longctr_compat = longctr_compat
-        make = partial(_ReadOutLayer, width, num_heads, dim_feedforward, transformer_dropout)
+        make = partial(TransActLayer, width, num_heads, dim_feedforward, transformer_dropout)
         first = make()
         rest = [copy.deepcopy(first) if longctr_compat else make() for _ in range(1, transformer_layers)]
         self.layers = nn.ModuleList([first, *rest])
@@ -138,7 +115,7 @@ class TransActBlock(nn.Module):
         if not bool(sequence.histories.mask.any()):
             return query.new_zeros(query.shape[0], self.out_dim)
         columns = min(self.first_k_cols, sequence.histories.index.shape[1])
-        newest = self.layers[0].newest_of_shared(sequence, query, columns)  # type: ignore[operator]
+        newest = self.layers[0].newest(sequence, query, columns)  # type: ignore[operator]
         return self._columns(newest, sequence.last(columns).expanded())
 
     def _columns(self, newest: Tensor, sequence: Sequence) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model_zoo.layers.attend_items import attend_shared
 from model_zoo.layers.attend_rows import attend_heads
 from model_zoo.layers.dropout import dropout_factors
 from model_zoo.layers.encoder_layer import EncoderLayer
 from model_zoo.layers.positions import Positions, projected
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.sequence import Sequence, SharedSequence
 
 
 class TransActLayer(EncoderLayer):
@@ -40,27 +41,29 @@ class TransActLayer(EncoderLayer):
         index = (sequence.mask.flatten().cumsum(0) - 1).clamp(min=0).view(sequence.mask.shape)
         return Sequence(hidden, index, sequence.mask)
 
-    def newest(self, sequence: Sequence, target: Tensor | None, columns: int) -> Tensor:
+    def newest(self, sequence: Sequence | SharedSequence, target: Tensor | None, columns: int) -> Tensor:
         """Encode the newest ``columns`` columns; keys and values are never projected, queries and pooled tokens are.
 
         Args:
-            sequence: as for `all_positions`, T >= ``columns``.
+            sequence: as for `all_positions`, T >= ``columns``; shared histories in evaluation only.
             target: as for `all_positions`.
 
         Returns:
             ``[B, columns, w]``; finite at padding positions, whose answers mean nothing.
         """
-        index = sequence.index[:, sequence.index.shape[1] - columns :]
+        last = sequence.last(columns)
+        read = last if isinstance(last, Sequence) else last.expanded()
+        items, index = read.items, read.index
         batch, heads = index.shape[0], self.self_attn.num_heads
         rows = torch.arange(batch, device=index.device).unsqueeze(1).expand_as(index)
-        tokens = _with_target(F.embedding(index, sequence.items), target, rows)  # [B, R, w]
-        item_dim, width = sequence.items.shape[1], tokens.shape[2]
+        tokens = _with_target(F.embedding(index, items), target, rows)  # [B, R, w]
+        item_dim, width = items.shape[1], tokens.shape[2]
         (w_query, w_key, w_value), (b_query, _, b_value) = self._projections()
         query = F.linear(tokens, w_query, b_query).view(batch, columns, heads, width // heads)
         # a key's target half and bias shift all scores of a query alike: the softmax does not see them
         by_head = w_key[:, :item_dim].view(heads, width // heads, item_dim)
         absorbed = torch.einsum("brhe,hed->brhd", query, by_head).reshape(batch, columns * heads, item_dim)
-        absorbed = (absorbed / math.sqrt(width // heads)).to(sequence.items.dtype)  # autocast lowers only one of them
+        absorbed = (absorbed / math.sqrt(width // heads)).to(items.dtype)  # autocast lowers only one of them
         pooled, kept = self._pool(absorbed, sequence)  # [B, R h, d], [B, R h, 1]
         pooled = pooled.view(batch, columns, heads, item_dim)
         by_head = w_value[:, :item_dim].view(heads, width // heads, item_dim)
@@ -76,8 +79,10 @@ class TransActLayer(EncoderLayer):
         tokens = self.norm1(tokens + self.dropout1(attended))
         return self.norm2(tokens + self._feed_forward(tokens))
 
-    def _pool(self, query: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
+    def _pool(self, query: Tensor, sequence: Sequence | SharedSequence) -> tuple[Tensor, Tensor]:
         """Attention-weighted sums of items, and the sums of the weights that dropout kept (one without dropout)."""
+        if isinstance(sequence, SharedSequence):
+            return attend_shared(query, sequence), query.new_ones(*query.shape[:2], 1)
         if not self.training or self.attention_dropout == 0:
             pooled = attend_heads(query, sequence.items, sequence.index, sequence.mask)
             return pooled, query.new_ones(*query.shape[:2], 1)
