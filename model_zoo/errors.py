@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Base of every error that ``run_expid.py`` prints as one line and answers with exit code 2."""
+    """Base of every error that ``run_expid.py`` prints, a line for each mistake, and answers with exit code 2."""
 
 
 class ConfigError(UserError):
@@ -11,3 +11,7 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data file is missing, unreadable, or holds something the model must not be trained on."""
+
+
+class FileError(UserError):
+    """A file cannot be written: the disk is full, its folder is not writable, or another process holds it."""

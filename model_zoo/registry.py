@@ -68,8 +68,16 @@ class Backbone:
 
     def make_head(self, shape: HeadShape, params: dict[str, Any]) -> nn.Module:
         """The head, its keys taken from ``params``; `ScoreHead` under ``head: dot``."""
-        head = ScoreHead if params.get("head") == "dot" else self.head
+        head = self._head(params)
         return head(shape, **{key: params[key] for key in configuration_keys(head) if key in params})
+
+    def configuration(self, method: Method | None, params: dict[str, Any]) -> dict[str, Any]:
+        """Every key of block, head and method, with its value in ``params`` or its default."""
+        sources: list[Callable[..., Any]] = [self.block, self._head(params), *([method.layer] if method else [])]
+        return {key: params.get(key, p.default) for source in sources for key, p in configuration_keys(source).items()}
+
+    def _head(self, params: dict[str, Any]) -> Callable[..., nn.Module]:
+        return ScoreHead if params.get("head") == "dot" else self.head
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def configuration_keys(cls: type) -> dict[str, inspect.Parameter]:
+def configuration_keys(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """A class's configuration keys: the keyword-only parameters of its constructor, annotations resolved."""
     signature = inspect.signature(cls, eval_str=True)
     return {name: p for name, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.batch import MEAN_ROWS, AnyBatch, Batch, ItemFeatures, neighbours_histories
-from model_zoo.checkpoint import misfits, read_state, write_state
+from model_zoo.checkpoint import read_weights, write_weights
 from model_zoo.compat import FeatureMap
 from model_zoo.embedding import Pretrained, build_embedding
 from model_zoo.errors import ConfigError, DataError
@@ -97,6 +97,8 @@ class SequentialCTR(TrainingLoop):
             sparse_embedding_updates=sparse_embedding_updates,
             **params,
         )
+        shared = {"embedding_dim": embedding_dim, "block_scope": block_scope, "longctr_compat": longctr_compat}
+        self.config = {**shared, **self.backbone.configuration(self.method, {**params, **shared})}
         self.precision = precision
         self.item_names = [n for n, spec in feature_map.features.items() if spec.get("source") == "item"]
         if not self.item_names:
@@ -223,8 +225,12 @@ class SequentialCTR(TrainingLoop):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_weights(self, checkpoint: str) -> None:
-        """Write the state dict whole or not at all."""
-        write_state(self.state_dict(), checkpoint)
+        """Write weights, model name and configuration keys whole or not at all.
+
+        Raises:
+            FileError: the file cannot be written; what was there before is untouched.
+        """
+        write_weights(checkpoint, type(self).__name__, self.config, self.state_dict())
 
     def place_checkpoints(self, directory: str) -> None:
         """Keep this model's checkpoints in ``directory``, under its ``model_id``."""
@@ -235,12 +241,11 @@ class SequentialCTR(TrainingLoop):
         """Load a checkpoint of ours, or a ``.model`` file that LongCTR wrote for the same backbone.
 
         Raises:
-            ConfigError: the file is missing, or its parameters do not fit this model.
+            ConfigError: the file is missing or damaged, or holds another model or other parameters; nothing is loaded then.
         """
-        state = self.from_longctr(read_state(checkpoint))
-        faults = misfits(self.state_dict(), state)
-        if faults:
-            raise ConfigError(f"{checkpoint}: does not fit {type(self).__name__}: {'; '.join(faults[:4])}")
+        found = read_weights(checkpoint)
+        state = self.from_longctr(found.state)
+        found.check(type(self).__name__, self.config, self.state_dict(), state)
         self.load_state_dict(state)
         self.to(self.device)
 

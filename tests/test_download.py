@@ -1,3 +1,5 @@
+import hashlib
+import json
 import subprocess
 import sys
 import types
@@ -11,7 +13,7 @@ import pytest
 
 from model_zoo.errors import DataError
 from model_zoo.pipeline import download as module
-from model_zoo.pipeline.download import FILES, download, fetch_from_hub, main
+from model_zoo.pipeline.download import FILES, SUMS, check_sums, download, fetch_from_hub, main
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "download.py"
 DATASET = "MicroVideo1.7M_x2"
@@ -47,7 +49,8 @@ def hub(files: dict[str, bytes]) -> Callable[[str, Path], None]:
 
 
 def assert_complete(out: Path) -> None:
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, SUMS])
+    assert check_sums(out) == []
     assert all(pq.read_table(out / name).num_rows == 3 for name in FILES)
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
@@ -140,10 +143,7 @@ def test_a_complete_folder_is_kept_and_an_incomplete_one_filled(tmp_path: Path) 
     out = tmp_path / DATASET
     assert download(DATASET, out, hub(five()))
 
-    def no_fetch(*_: object) -> None:
-        raise AssertionError
-
-    assert not download(DATASET, out, no_fetch)
+    assert not download(DATASET, out, refuse_to_fetch)
     (out / "train.parquet").write_bytes(CUT)
     (out / "valid.parquet").unlink()
     (out / "notes.txt").write_text("mine")
@@ -197,6 +197,79 @@ def test_fetch_asks_the_hub_for_the_data_set(tmp_path: Path, monkeypatch: pytest
     assert args == ("reczoo/KuaiVideo_x2",)
     assert options["repo_type"] == "dataset" and options["local_dir"] == tmp_path
     assert options["allow_patterns"] == ["*.parquet", "*.zip"]
+
+
+@pytest.mark.parametrize("endpoint", ["http://mirror.example", "ftp://mirror.example", "mirror.example"])
+def test_the_hub_is_read_over_https_only(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_fetch(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=no_fetch))
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(DataError, match=f"HF_ENDPOINT is '{endpoint}'; data are fetched over https:// only"):
+        download(DATASET, tmp_path / DATASET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse_to_fetch(*_: object) -> None:
+    raise AssertionError
+
+
+def test_sizes_and_sums_are_recorded(tmp_path: Path) -> None:
+    out = tmp_path / DATASET
+    download(DATASET, out, hub(five(test=parquet(9))))
+    record = json.loads((out / SUMS).read_text())
+    assert record["repository"] == f"reczoo/{DATASET}" and list(record["files"]) == list(FILES)
+    for name in FILES:
+        content = (out / name).read_bytes()
+        assert record["files"][name] == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_file_that_changed_since_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / DATASET
+    download(DATASET, out, hub(five()))
+    whole = (out / "valid.parquet").read_bytes()
+    flipped = whole[:6] + bytes([whole[6] ^ 1]) + whole[7:]  # within the data: the file opens, and reads other numbers
+    (out / "valid.parquet").write_bytes(flipped)
+    (out / "test.parquet").write_bytes(parquet(9))
+    size, now = len(parquet()), len(parquet(9))
+    assert check_sums(out) == [
+        f"{out}/valid.parquet has changed since it was downloaded: its SHA-256 sum is another",
+        f"{out}/test.parquet has {now} bytes, {size} when it was downloaded",
+    ]
+    assert check_sums(out, contents=False) == check_sums(out)[1:]
+    assert main([DATASET, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {out}/valid.parquet has changed") and captured.err.count("\n") == 1
+    assert captured.err.endswith("Delete what is wrong and run the command again.\n")
+    assert (out / "valid.parquet").read_bytes() == flipped
+    (out / "test.parquet").unlink()
+    assert check_sums(out)[1] == f"{out}/test.parquet cannot be read (No such file or directory)"
+    assert download(DATASET, out, hub(five()))
+    assert_complete(out)
+
+
+def test_files_without_a_record_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / DATASET
+    download(DATASET, out, hub(five()))
+    (out / SUMS).unlink()
+    (out / "test.parquet").write_bytes(parquet(9))
+    assert check_sums(out) == [] and not download(DATASET, out, refuse_to_fetch)
+    assert main([DATASET, "--out", str(out)]) == 0
+    assert "was complete already, no sums recorded" in capsys.readouterr().out
+    assert not (out / SUMS).exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"files": 3}', b'{"files": {"train.parquet": {}}}', b"\xff\xfe", b'{"files": null}']
+)
+def test_a_damaged_record_is_named(content: bytes, tmp_path: Path) -> None:
+    out = tmp_path / DATASET
+    download(DATASET, out, hub(five()))
+    (out / SUMS).write_bytes(content)
+    assert check_sums(out) == [f"{out / SUMS} is not a record of sizes and sums"]
+    with pytest.raises(DataError, match="is not a record of sizes and sums"):
+        download(DATASET, out, refuse_to_fetch)
 
 
 def test_a_network_failure_is_one_sentence_and_code_2(

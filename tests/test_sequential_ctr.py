@@ -362,8 +362,8 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_partial_file(
     model.save_weights(str(path))
     old = path.read_bytes()
 
-    def half(state: Any, target: str) -> None:
-        Path(target).write_bytes(b"half")
+    def half(state: Any, target: Any) -> None:
+        target.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)

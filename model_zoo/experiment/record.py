@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,9 +18,26 @@ import numpy as np
 import torch
 import yaml
 
-from model_zoo.errors import ConfigError
+from model_zoo.errors import ConfigError, UserError
+from model_zoo.files import append_line, write_whole
 
+#: format of ``metrics.json``. 1, without the key ``format``: before ``format``, ``log``, ``flops`` and ``model_config``
+FORMAT_VERSION = 2
+#: what every record has, and of which type
+REQUIRED = {"expid": str, "dataset_id": str, "model": str, "seed": int, "config": dict, "scores": dict}
+#: what records of format 1 may lack, and of which type it is; a mapping or list is empty then, anything else None
+ADDED: dict[str, type] = {
+    "log": str, "flops": dict, "model_config": dict, "command": str, "finished": str, "resumes": list, "baselines": dict,
+    "history": list, "parameters": dict, "seconds": dict, "peak_memory": dict, "versions": dict, "hardware": dict,
+    "git_commit": str, "data_fingerprint": dict,
+}  # fmt: skip
+#: what may be None in a record of today
+UNKNOWN = {"log", "flops", "command", "finished", "git_commit"}
 PACKAGES = ("torch", "fuxictr", "numpy", "polars", "scikit-learn", "h5py", "pydantic", "mamba-ssm")
+
+
+class RecordError(UserError):
+    """A run's record cannot be used; with the reason."""
 
 
 def new_run_folder(model_root: str, dataset_id: str, expid: str, seed: int) -> str:
@@ -40,16 +58,6 @@ def new_run_folder(model_root: str, dataset_id: str, expid: str, seed: int) -> s
     raise ConfigError(f"{stem}: used a thousand times; choose another model_root")
 
 
-def write_whole(path: str, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_json(path: str, value: Any) -> None:
     """Write json whole or not at all; a number that is NaN or infinite, which json lacks, becomes null."""
     write_whole(path, json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
@@ -63,6 +71,45 @@ def _finite(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_record(path: str) -> dict[str, Any]:
+    """A run's record, as `run.run` wrote it; of an older format, what it lacks is filled in with nothing known.
+
+    Returns:
+        The record, in which a score that is no number is None.
+
+    Raises:
+        RecordError: it is unreadable, of a newer format, not the record of a run, or without any score.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror or error}); name another run") from None
+    except (ValueError, RecursionError):
+        raise RecordError(f"{path}: not valid json; run the experiment again") from None
+    if not isinstance(found, dict):
+        raise RecordError(f"{path}: not the record of a run, but a {type(found).__name__}; name another file")
+    written = found.get("format", 1)
+    if isinstance(written, bool) or not isinstance(written, int) or written < 1:
+        raise RecordError(f"{path}: format {written!r:.40} is not known; run the experiment again")
+    if written > FORMAT_VERSION:
+        raise RecordError(
+            f"{path}: written by a newer version (format {written}, this one reads up to {FORMAT_VERSION}); update"
+        )
+    empty = {key: None if key in UNKNOWN else kind() for key, kind in ADDED.items()}
+    record = {**empty, "format": written, **_finite(found)}
+    for key, kind in {**REQUIRED, **ADDED}.items():
+        known = record.get(key)
+        if not (isinstance(known, kind) and not isinstance(known, bool)) and not (known is None and key in UNKNOWN):
+            raise RecordError(f"{path}: not the record of a run, '{key}' is missing or wrong; run the experiment again")
+    final = record["scores"].get("final")
+    if not isinstance(final, dict) or not all(isinstance(split, dict) for split in final.values()):
+        raise RecordError(f"{path}: not the record of a run, 'scores' lacks the final model's; run the experiment again")
+    if not any(isinstance(value, float | int) for split in final.values() for value in split.values()):
+        raise RecordError(f"{path}: no metric of the final model is a number; look at the run's log, or run it again")
+    return record
 
 
 def write_yaml(path: str, value: Any) -> None:
@@ -114,21 +161,41 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
-def append_result(path: str, command: str, expid: str, dataset_id: str, scores: dict[str, dict[str, float]]) -> None:
-    """Append LongCTR's one-line record of a run to a results table.
+def append_result(
+    path: str,
+    command: str,
+    expid: str,
+    dataset_id: str,
+    scores: Mapping[str, Mapping[str, float | None]],
+    when: str | None = None,
+) -> bool:
+    """Append LongCTR's one-line record of a run to a results table; runs that end together append one after the other.
 
-    A single write in append mode: lines of runs that end together do not mix.
+    Args:
+        scores: split to metric to value; None, as json has it for what is no number, is shown as nan.
+        when: the line's time stamp, ``%Y%m%d-%H%M%S``; the very same line is then not appended again. Default: now.
+
+    Returns:
+        Whether the line was appended.
+
+    Raises:
+        FileError: the table cannot be written; the lines that were there before are untouched.
     """
+    line = result_line(when or time.strftime("%Y%m%d-%H%M%S"), command, expid, dataset_id, scores)
+    return append_line(path, line, once=when is not None)
+
+
+def result_line(
+    when: str, command: str, expid: str, dataset_id: str, scores: Mapping[str, Mapping[str, float | None]]
+) -> str:
+    """LongCTR's one-line record of a run, without a line break."""
 
     def shown(split: str) -> str:
-        return " - ".join(f"{name}: {value:.6f}" for name, value in scores.get(split, {}).items())
+        values = {name: math.nan if value is None else value for name, value in scores.get(split, {}).items()}
+        return " - ".join(f"{name}: {value:.6f}" for name, value in values.items())
 
     line = (
-        f" {time.strftime('%Y%m%d-%H%M%S')},[command] python {command},[exp_id] {expid},[dataset_id] {dataset_id},"
-        f"[train] N.A.,[val] {shown('valid')},[test] {shown('test')}\n"
+        f" {when},[command] python {command},[exp_id] {expid},"
+        f"[dataset_id] {dataset_id},[train] N.A.,[val] {shown('valid')},[test] {shown('test')}"
     )
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    return " ".join(line.splitlines())

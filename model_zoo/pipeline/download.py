@@ -1,10 +1,13 @@
 """Fetch LongCTR's public data sets from the Hugging Face hub, as parquet files or zipped, and check them.
 
-Everything happens in a temporary folder beside the data set's own; the five files move in once all of them have opened.
+Everything happens in a temporary folder beside the data set's own; the five files move in once all of them have opened,
+and with them their sizes and SHA-256 sums, by which a later change of a file is found.
 """
 
 import argparse
 import difflib
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -18,14 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_zoo.errors import DataError, UserError
+from model_zoo.files import write_whole
 
 HUB_OWNER = "reczoo"
 DATASETS = ("MicroVideo1.7M_x2", "KuaiVideo_x2", "Ebnerd_small_x1")
 FILES = tuple(f"{name}.parquet" for name in ("train", "valid", "test", "user_info", "item_info"))
+SUMS = "checksums.json"
 
 
 def fetch_from_hub(repository: str, folder: Path) -> None:
     """Copy the parquet and zip files of the hub's data set ``repository`` into ``folder``; DataError if it fails."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint and not endpoint.lower().startswith("https://"):
+        raise DataError(f"HF_ENDPOINT is {endpoint!r}; data are fetched over https:// only: unset it or correct it.")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -44,7 +52,8 @@ def download(dataset_id: str, out: Path, fetch: Callable[[str, Path], None] | No
     """Put the five parquet files of ``dataset_id`` into ``out``; False when they are there and open already.
 
     ``fetch(repository, folder)`` fills an empty folder (default: ``fetch_from_hub``). Raises DataError for an unknown
-    id, a failed fetch, a damaged or unsafe archive, and a missing or unreadable file; ``out`` then is as it was before.
+    id, a failed fetch, a damaged or unsafe archive, a missing or unreadable file, and one that changed since it was
+    downloaded; ``out`` then is as it was before.
     """
     if dataset_id not in DATASETS:
         known = {name.lower(): name for name in DATASETS}
@@ -54,6 +63,8 @@ def download(dataset_id: str, out: Path, fetch: Callable[[str, Path], None] | No
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; give --out a folder.")
     if not _unreadable(out):
+        if faults := check_sums(out):
+            raise DataError(f"{'; '.join(faults)}. Delete what is wrong and run the command again.")
         return False
     repository = f"{HUB_OWNER}/{dataset_id}"
     try:
@@ -65,6 +76,7 @@ def download(dataset_id: str, out: Path, fetch: Callable[[str, Path], None] | No
             ready.mkdir()
             (fetch or fetch_from_hub)(repository, fetched)
             _collect(repository, fetched, ready)
+            record_sums(repository, ready)
             _place(ready, out)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -73,6 +85,34 @@ def download(dataset_id: str, out: Path, fetch: Callable[[str, Path], None] | No
             f"{out} cannot be written ({error.strerror or error}); free the space or choose --out."
         ) from None
     return True
+
+
+def check_sums(folder: Path, contents: bool = True) -> list[str]:
+    """What differs from the sizes and SHA-256 sums recorded at the download, a clause for each file.
+
+    Args:
+        folder: of the five files; without a record of sums there is nothing to differ from.
+        contents: compare sums too; sizes alone take no time.
+    """
+    record = folder / SUMS
+    if not record.exists():
+        return []
+    try:
+        sums = json.loads(record.read_text(encoding="utf-8"))["files"]
+        wanted = {name: (int(sums[name]["size"]), str(sums[name]["sha256"])) for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{record} is not a record of sizes and sums"]
+    faults = []
+    for name, (size, sha256) in wanted.items():
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                faults.append(f"{path} has {path.stat().st_size} bytes, {size} when it was downloaded")
+            elif contents and _sha256(path) != sha256:
+                faults.append(f"{path} has changed since it was downloaded: its SHA-256 sum is another")
+        except OSError as error:
+            faults.append(f"{path} cannot be read ({error.strerror or error})")
+    return faults
 
 
 def unzip(archive: Path, folder: Path) -> None:
@@ -110,10 +150,24 @@ def main(argv: Sequence[str] | None = None, data_root: Path = Path("data")) -> i
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{out}: {'complete' if new else 'was complete already'}")
+    checked = "sizes and sums recorded" if new else "as recorded" if (out / SUMS).exists() else "no sums recorded"
+    print(f"{out}: {'complete' if new else 'was complete already'}, {checked}")
     for name in FILES:
         print(f"{name}: {pq.read_metadata(out / name).num_rows} rows, {(out / name).stat().st_size} bytes")
     return 0
+
+
+def record_sums(repository: str, folder: Path) -> None:
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in FILES}
+    write_whole(folder / SUMS, json.dumps({"repository": repository, "files": files}, indent=2) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def _collect(repository: str, fetched: Path, ready: Path) -> None:
@@ -165,7 +219,7 @@ def _place(ready: Path, out: Path) -> None:
     if not out.exists():
         os.rename(ready, out)
         return
-    for name in FILES:
+    for name in (*FILES, SUMS):
         (out / name).unlink(missing_ok=True)
-    for name in FILES:
+    for name in (*FILES, SUMS):  # the sums last: they say that the files are all there
         os.replace(ready / name, out / name)

@@ -52,8 +52,6 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(TypeError):
         record.write_json(str(path), {("a", "tuple"): 1})
-    with pytest.raises(UnicodeEncodeError):
-        record.write_whole(str(path), "\ud800")
     assert json.loads(path.read_text()) == {"AUC": 0.5}
 
 
@@ -94,14 +92,36 @@ def test_lines_of_runs_that_end_together_do_not_mix(tmp_path: Path) -> None:
     scores = {"valid": {"AUC": 0.5}, "test": {"AUC": 0.5}}
     threads = [
         threading.Thread(target=lambda: [record.append_result(path, "x" * 500, "A", "s", scores) for _ in range(20)])
-        for _ in range(4)
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     lines = Path(path).read_text().splitlines()
-    assert len(lines) == 80 and len({line.split(",", 1)[1] for line in lines}) == 1
+    assert len(lines) == 160 and len({line.split(",", 1)[1] for line in lines}) == 1
+
+
+def test_a_line_of_the_same_time_is_not_appended_twice(tmp_path: Path) -> None:
+    path = str(tmp_path / "config.csv")
+    scores = {"valid": {"AUC": 0.5}}
+    assert record.append_result(path, "run_expid.py", "A", "shop", scores, when="20260101-000000")
+    assert not record.append_result(path, "run_expid.py", "A", "shop", scores, when="20260101-000000")
+    assert record.append_result(path, "run_expid.py", "B", "shop", scores, when="20260101-000000")
+    assert record.append_result(path, "run_expid.py", "A", "shop", scores, when="20260101-000001")
+    first, second, third = Path(path).read_text().splitlines()
+    assert first.startswith(" 20260101-000000,[command] python run_expid.py,[exp_id] A,")
+    assert second == first.replace("] A,", "] B,") and third == first.replace("000000,", "000001,")
+
+
+def test_a_result_is_one_line_whatever_the_command_holds(tmp_path: Path) -> None:
+    path = tmp_path / "config.csv"
+    command = "run_expid.py --set note=two\nlines\r\x85 --expid \udcff"
+    record.append_result(str(path), command, "A", "shop", {"valid": {"AUC": float("nan")}, "test": {"AUC": None}})
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 1 and text.endswith("\n")
+    assert "python run_expid.py --set note=two lines" in text and "--expid \\udcff,[exp_id] A" in text
+    assert text.endswith("[val] AUC: nan,[test] AUC: nan\n")
 
 
 def test_the_environment_names_versions_commit_and_hardware(root: Path, tmp_path: Path) -> None:
