@@ -10,6 +10,7 @@ from torch import Tensor
 from model_zoo.compat import FeatureEmbedding, FeatureMap
 from model_zoo.errors import ConfigError
 from model_zoo.layers.pretrained import PretrainedVectors
+from model_zoo.pipeline.feature_map import ENCODERS
 
 #: feature name to ``(vectors [V, p], known [V])``
 Pretrained = Mapping[str, tuple[Tensor, Tensor]]
@@ -19,8 +20,13 @@ def build_embedding(feature_map: FeatureMap, embedding_dim: int, pretrained: Pre
     """FuxiCTR's feature embedding; features with ``pretrained_emb`` get `PretrainedVectors` in their place.
 
     Raises:
-        ConfigError: a feature names ``pretrained_emb`` but its vectors were not given.
+        ConfigError: a feature names ``pretrained_emb`` but its vectors were not given, or an encoder that is not one of
+            `ENCODERS`, which FuxiCTR would evaluate as Python.
     """
+    for name, spec in feature_map.features.items():
+        encoder, allowed = spec.get("feature_encoder"), ENCODERS.get(spec["type"], ())
+        if encoder is not None and encoder not in allowed:
+            raise ConfigError(f"{name}: feature_encoder: {encoder!r}: not one of {', '.join(allowed) or 'none'}")
     plain = copy.copy(feature_map)
     plain.features = {
         name: {key: value for key, value in spec.items() if key != "pretrained_emb"}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from glob import glob
 from typing import Any
 
 import yaml
 
 from model_zoo.errors import ConfigError
+from model_zoo.experiment.sections import BASE, NOT_YAML, Section, config_files, read_sections
+from model_zoo.faults import Place, shown
 
-BASE = "Base"
+__all__ = ["BASE", "Config", "Section", "experiment_ids", "load_config", "parse_override", "read_sections"]
 
 
 @dataclass
@@ -24,30 +24,38 @@ class Config:
         expid: the experiment id.
         values: key to value.
         origin: key to ``file:line``, or the option that set it.
+        inner: the same for entries of lists and keys inside them.
+        experiment: ``file:line`` of the experiment.
+        dataset: ``file:line`` of its data set; None if there is no such data set, or none was looked for.
+        problems: what was wrong while merging, a line each; `schema.validate` refuses a config that has any.
     """
 
     expid: str
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    inner: dict[Place, str] = field(default_factory=dict)
+    experiment: str | None = None
+    dataset: str | None = None
+    problems: list[str] = field(default_factory=list)
 
     def set(self, key: str, value: Any, origin: str) -> None:
         """Put one value in place of what was there."""
         self.values[key] = value
         self.origin[key] = origin
+        self.inner = {place: where for place, where in self.inner.items() if place[0] != key}
 
     def update(self, section: Section) -> None:
         """Merge a section over what is there."""
         for key, value in section.values.items():
-            self.set(key, value, f"{section.path}:{section.lines[key]}")
+            self.set(key, value, f"{section.path}:{section.lines[(key,)]}")
+        self.inner |= {place: f"{section.path}:{line}" for place, line in section.lines.items() if len(place) > 1}
 
-
-@dataclass(frozen=True)
-class Section:
-    """One top-level entry of a yaml file: its keys, and the line of each."""
-
-    path: str
-    values: dict[str, Any]
-    lines: dict[str, int]
+    def where(self, place: Place) -> str | None:
+        """``file:line`` of a value, or of what holds it; None for a default."""
+        for end in range(len(place), 1, -1):
+            if place[:end] in self.inner:
+                return self.inner[place[:end]]
+        return self.origin.get(str(place[0]))
 
 
 def load_config(
@@ -55,33 +63,59 @@ def load_config(
 ) -> Config:
     """Merge ``Base``, the experiment, its data set and the overrides, later ones winning.
 
+    A data set that does not exist, and overrides that cannot be read, are left to `schema.validate` in the config's
+    ``problems``, so that they are said together with what else is wrong.
+
     Args:
         config_dir: holds ``model_config.yaml`` or ``model_config/*.yaml``, and ``dataset_config`` alike.
         overrides: ``key=value`` with a yaml value.
         datasets_dir: where data sets are described if ``config_dir`` describes none, as LongCTR's folders of one model.
 
     Raises:
-        ConfigError: no such directory, expid or data set (with the nearest names), broken yaml, malformed override.
+        ConfigError: no such directory or expid (with the nearest names), broken yaml.
     """
     models = read_sections(config_dir, "model_config")
     config = Config(expid)
-    section = _find(expid, [s for s in models if s[0] != BASE], "expid", config_dir)
+    experiments = {name: section for name, section in models if name != BASE}
+    if expid not in experiments:
+        raise ConfigError(_unknown("expid", expid, experiments, config_dir))
+    section = experiments[expid]
+    config.experiment = f"{section.path}:{section.line}"
     bases = [base for name, base in models if name == BASE]
     own = [base for base in bases if base.path == section.path] or bases
     if own:
         config.update(own[-1])
     config.update(section)
-    given = dict(parse_override(text) for text in overrides)
+    given: dict[str, Any] = {}
+    for text in overrides:
+        try:
+            key, value = parse_override(text)
+            given[key] = value
+        except ConfigError as error:
+            config.problems.append(str(error))
+    described = config_dir if datasets_dir is None or config_files(config_dir, "dataset_config") else datasets_dir
+    datasets = dict(read_sections(described, "dataset_config"))
     dataset_id = given.get("dataset_id", config.values.get("dataset_id"))
-    if not isinstance(dataset_id, str):
-        raise ConfigError(f"{section.path}: {expid} has no dataset_id; add `dataset_id: <name in dataset_config>`")
-    described = config_dir if datasets_dir is None or _files(config_dir, "dataset_config") else datasets_dir
-    datasets = read_sections(described, "dataset_config")
-    config.update(_find(dataset_id, datasets, "dataset_id", described))
+    if isinstance(dataset_id, str) and dataset_id in datasets:
+        config.dataset = f"{datasets[dataset_id].path}:{datasets[dataset_id].line}"
+        config.update(datasets[dataset_id])
+        config.set("dataset_id", dataset_id, config.origin.get("dataset_id", section.path))
     for key, value in given.items():
         config.set(key, value, "--set")
-    config.set("dataset_id", dataset_id, config.origin.get("dataset_id", section.path))
+    if config.dataset is None:
+        config.problems.append(_no_data_set(config, datasets, described))
     return config
+
+
+def _no_data_set(config: Config, datasets: Iterable[str], config_dir: str) -> str:
+    """Why there is no data set."""
+    dataset_id = config.values.pop("dataset_id", None)
+    where = config.origin.pop("dataset_id", config.experiment)
+    if dataset_id is None:
+        return f"{where}: {config.expid} has no dataset_id; add `dataset_id: <name in dataset_config>`"
+    if not isinstance(dataset_id, str):
+        return f"{where}: dataset_id: {shown(dataset_id)}: must be text; put it in quotes"
+    return f"{where}: {_unknown('dataset_id', dataset_id, datasets, config_dir)}"
 
 
 def experiment_ids(config_dir: str) -> list[str]:
@@ -100,94 +134,11 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text}: write it as key=value")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise ConfigError(f"--set {text}: '{value}' is not a yaml value") from None
 
 
-def read_sections(config_dir: str, kind: str) -> list[tuple[str, Section]]:
-    """All sections of ``<kind>.yaml`` or ``<kind>/*.yaml``, by name.
-
-    Raises:
-        ConfigError: no such file, broken yaml, a key or name given twice.
-    """
-    paths = _files(config_dir, kind)
-    if not paths:
-        raise ConfigError(f"{config_dir}: holds neither {kind}.yaml nor {kind}/*.yaml; give its folder with --config")
-    sections: list[tuple[str, Section]] = []
-    seen: dict[str, str] = {}
-    for path in paths:
-        for name, section in _read_file(path):
-            if name in seen and (name != BASE or seen[name] == path):
-                raise ConfigError(f"{path}: '{name}' is defined in {seen[name]} already; rename one of them")
-            seen[name] = path
-            sections.append((name, section))
-    return sections
-
-
-def _files(config_dir: str, kind: str) -> list[str]:
-    single = os.path.join(config_dir, f"{kind}.yaml")
-    return [single] if os.path.exists(single) else sorted(glob(os.path.join(config_dir, kind, "*.yaml")))
-
-
-def _read_file(path: str) -> list[tuple[str, Section]]:
-    """The top-level mappings of one yaml file, merge keys applied, duplicate keys refused."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable text file ({error})") from None
-    try:
-        loader = yaml.SafeLoader(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return []
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}: must map names to settings")
-        sections = []
-        checked: set[int] = set()
-        for name_node, node in root.value:
-            name = str(loader.construct_object(name_node))
-            if not isinstance(node, yaml.MappingNode):
-                raise ConfigError(f"{path}:{node.start_mark.line + 1}: '{name}' must map keys to values")
-            if id(node) not in checked:  # an alias of a section seen before has its merge keys applied
-                _refuse_bad_keys(path, name, node)
-                checked.add(id(node))
-            loader.flatten_mapping(node)
-            lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
-            values = loader.construct_object(node, deep=True)
-            sections.append((name, Section(path, values, lines)))
-        return sections
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid yaml: {reason}") from None
-    finally:
-        loader.dispose()
-
-
-def _refuse_bad_keys(path: str, name: str, node: yaml.MappingNode) -> None:
-    """Refuse keys that stand twice, and keys that yaml does not read as text (``on``, ``1``), at any depth."""
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-            shown = f"'{key.value}'" if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            raise ConfigError(f"{path}:{line}: '{name}' has {shown} for a key, which is not text; put it in quotes")
-        if key.value in seen and key.value != "<<":
-            raise ConfigError(f"{path}:{line}: '{name}' sets '{key.value}' twice (also on line {seen[key.value]})")
-        seen[key.value] = line
-        if key.value != "<<":
-            for child in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if isinstance(child, yaml.MappingNode):
-                    _refuse_bad_keys(path, f"{name}: {key.value}", child)
-
-
-def _find(name: str, sections: list[tuple[str, Section]], what: str, config_dir: str) -> Section:
-    found = dict(sections)
-    if name in found:
-        return found[name]
-    near = difflib.get_close_matches(name, found, n=3, cutoff=0.3)
-    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(found)[:12])}"
-    raise ConfigError(f"{what} '{name}' is not in {config_dir}; {hint}")
+def _unknown(what: str, name: str, known: Iterable[str], config_dir: str) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(known)[:12])}"
+    return f"{what} '{name}' is not in {config_dir}; {hint}"

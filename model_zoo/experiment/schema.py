@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
-from functools import cache
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from model_zoo.errors import ConfigError
 from model_zoo.experiment.config import Config
-from model_zoo.pipeline.metrics import check_metrics
+from model_zoo.experiment.config_checks import lookup_faults, model_faults
+from model_zoo.experiment.paths import missing_files, name_faults
+from model_zoo.experiment.value_checks import checked
+from model_zoo.faults import Fault, nearest, refusal, shown
+from model_zoo.pipeline.feature_map import draft_feature_map
+from model_zoo.registry import model_keys, model_names
 
 Monitor = str | dict[str, float]
 
@@ -41,6 +42,10 @@ RUN_KEYS: dict[str, Any] = {
     "group_id": str | None,
     "use_features": list[str] | None,
     "feature_specs": list[dict[str, Any]] | None,
+    "checkpoint_minutes": float | None,
+    "checkpoint_steps": int | None,
+    "trackers": list[str],
+    "deterministic": bool,
 }
 DATA_KEYS: dict[str, Any] = {
     "data_root": str,
@@ -64,27 +69,18 @@ IGNORED_KEYS = {
     "item_info_fields", "target_item_field", "sequence_item_field", "din_target_field", "din_sequence_field",
     "dien_target_field", "dien_sequence_field", "dien_neg_seq_field",
 }  # fmt: skip
-#: smallest value of a number, or of each of a list of numbers
-LOWER_BOUNDS = {
-    "epochs": 1, "batch_size": 1, "max_len": 1, "embedding_dim": 1, "accumulation_steps": 1, "early_stop_patience": 1,
-    "eval_steps": 1, "learning_rate": 0, "attention_dim": 1, "num_heads": 1, "topk": 1, "codebook_dim": 1,
-    "n_item_experts": 0, "n_window_experts": 0, "phase1_epochs": 1, "phase2_epochs": 0, "phase3_epochs": 1,
-    "kmeans_tokens": 0, "window_size": 1, "window_stride": 1, "seed": 0,
-    "hash_bits": 1, "num_hashes": 1, "hash_seed": 0, "short_seq_len": 2, "alpha": 0, "beta": 0, "n_experts": 0,
-    "topk_experts": 1, "aux_weight": 0, "first_k_cols": 1, "transformer_layers": 1, "d_state": 1, "d_conv": 1,
-    "num_layers": 1, "expand": 1, "hidden_dim": 1, "inner_dim": 1, "max_positions": 1,
-    "router_hidden": 1, "router_init_std": 0, "last_k": 1, "low_rank": 1, "dim_feedforward": 1, "num_cross_layers": 1,
-    "memory_limit_mib": 1, "prefetch": 0,
-    "dnn_hidden_units": 1, "embedding_regularizer": 0, "net_regularizer": 0, "max_gradient_norm": 0,
-}  # fmt: skip
-SEED_LIMIT = 2**32  # numpy's
 REQUIRED = ("model", "dataset_id", "train_data", "valid_data", "user_info", "item_info", "feature_cols", "label_col")
 DEFAULTS: dict[str, Any] = {
     "model_root": "./checkpoints/", "seed": 2024, "epochs": 100, "batch_size": 8192, "max_len": 50, "shuffle": True,
     "metrics": ["gAUC", "AUC", "logloss"], "monitor": {"gAUC": 1, "AUC": 1}, "verbose": 1, "gpu": -1,
     "group_id": None, "embedding_dim": 10, "max_gradient_norm": 10.0,
     "memory_limit_mib": None, "prefetch": None, "data_on_device": "auto",
+    "checkpoint_minutes": 10.0, "checkpoint_steps": None, "trackers": ["csv", "tensorboard"], "deterministic": False,
 }  # fmt: skip
+
+
+#: of keys without a default, for messages
+EXAMPLES = {"label_col": {"name": "is_click"}, "dataset_id": "kuairand_sample"}
 
 
 def allowed_keys(model: str) -> dict[str, Any]:
@@ -93,96 +89,102 @@ def allowed_keys(model: str) -> dict[str, Any]:
     Raises:
         KeyError: no such model.
     """
-    from model_zoo.registry import model_keys
-
     keys = {**RUN_KEYS, **DATA_KEYS}
     for name, parameter in model_keys(model).items():
         keys[name] = Any if parameter.annotation is inspect.Parameter.empty else parameter.annotation
     return keys
 
 
-def validate(config: Config) -> dict[str, Any]:
-    """The config's values with defaults filled in and every value of its declared type.
+def validate(config: Config, root: str | None = None) -> dict[str, Any]:
+    """The config's values with defaults filled in, every value of its declared type, and a model that can be built of them.
 
     Yaml's ``1e-5`` (a string, for want of a dot) becomes the number it means.
 
+    Args:
+        root: the repository; given, data files must be there, too.
+
     Raises:
-        ConfigError: all problems in one message: key, where it was set, and the fix.
+        ConfigError: all problems in one message, a line each: file and line, key, value, and the fix.
     """
-    if "model" not in config.values:
-        raise ConfigError(f"{config.expid}: no 'model'; name one, for example `model: MoS_TWIN`")
-    try:
-        allowed = allowed_keys(str(config.values["model"]))
-    except KeyError as error:
-        raise ConfigError(f"{config.origin['model']}: {error.args[0]}") from None
-    problems = [f"no '{key}'; add it" for key in REQUIRED if key not in config.values]
+    faults, allowed, known_model = _model(config)
+    faults += _missing(config)
     values: dict[str, Any] = dict(DEFAULTS)
+    examples = {**_constructors_defaults(config.values["model"] if known_model else None), **DEFAULTS, **EXAMPLES}
     for key, value in config.values.items():
-        where = config.origin[key]
-        if key in IGNORED_KEYS:
+        if key in IGNORED_KEYS or key == "model":
             continue
         if key not in allowed:
-            near = difflib.get_close_matches(key, [*allowed, *IGNORED_KEYS], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(f"{where}: unknown key '{key}' for model {config.values['model']}{hint}")
+            faults.append(Fault((key,), _unknown(key, config, allowed, known_model)))
             continue
-        try:
-            values[key] = _adapter(allowed[key]).validate_python(_number(value, allowed[key]))
-        except ValidationError as error:
-            problems.append(f"{where}: {key}: {value!r}: {_reason(error)}")
-            continue
-        fault = _out_of_bounds(key, values[key])
-        if fault:
-            problems.append(f"{where}: {key}: {value!r}: {fault}")
-    if values["seed"] >= SEED_LIMIT:
-        problems.append(f"{config.origin['seed']}: seed: {values['seed']}: must be below {SEED_LIMIT}")
-    try:
-        monitored = [values["monitor"]] if isinstance(values["monitor"], str) else [*values["monitor"]]
-        if not monitored:
-            problems.append("monitor: names no metric; write for example `monitor: AUC`")
-        check_metrics([*values["metrics"], *monitored], grouped=bool(values["group_id"]))
-    except ConfigError as error:
-        problems.append(str(error))
-    if problems:
-        raise ConfigError(f"{config.expid}: {'; '.join(problems)}")
+        value, wrong = checked(key, value, allowed[key], examples.get(key))
+        faults += wrong
+        if not wrong:
+            values[key] = value
+    faults += [*name_faults(values), *lookup_faults(values)]
+    feature_map = None
+    if values.keys() >= {"dataset_id", "feature_cols", "label_col"}:
+        feature_map, wrong = draft_feature_map(values)
+        faults += wrong
+        if not any(spec.get("source") == "item" for spec in feature_map.features.values()) and wrong:
+            feature_map = None
+    if known_model:
+        values["model"] = config.values["model"]
+        sound = {key: value for key, value in values.items() if (key,) not in {fault.place[:1] for fault in faults}}
+        faults += model_faults({**DEFAULTS, **sound}, feature_map)
+    if root is not None:
+        faults += missing_files(values, root)
+    if faults or config.problems:
+        placed = sorted(((config.where(fault.place) or config.experiment, fault.text) for fault in faults), key=_line)
+        lines = [f"{where}: {text}" if where else text for where, text in placed]
+        raise refusal([*config.problems, *lines], config.expid)
     return values
 
 
-@cache
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation)
+def _constructors_defaults(model: str | None) -> dict[str, Any]:
+    return {key: parameter.default for key, parameter in model_keys(model).items()} if model else {}
 
 
-def _out_of_bounds(key: str, value: Any) -> str | None:
-    """What is wrong with a number, or with one of a list of numbers."""
-    low, high = LOWER_BOUNDS.get(key), None
-    if key.endswith("dropout"):
-        low, high = 0, 1
-    if key.endswith("hidden_units"):
-        low = 1
-    for number in value if isinstance(value, list) else [value]:
-        if not isinstance(number, int | float):
-            continue
-        if math.isnan(number):
-            return "must be a number"
-        if low is not None and number < low:
-            return f"must be at least {low}"
-        if high is not None and number > high:
-            return f"must be at most {high}"
-    return None
+def _line(placed: tuple[str | None, str]) -> tuple[str, int]:
+    """Sorts faults by file and line."""
+    path, _, line = (placed[0] or "").rpartition(":")
+    return path, int(line) if line.isdigit() else 0
 
 
-def _number(value: Any, annotation: Any) -> Any:
-    """Text that spells a number as that number, unless the key holds text."""
-    if isinstance(value, str) and annotation not in (str, str | None):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
+def _model(config: Config) -> tuple[list[Fault], dict[str, Any], bool]:
+    """What is wrong with the model's name; the keys that it may have, or any model if it is none; whether it is one."""
+    name = config.values.get("model")
+    try:
+        if isinstance(name, str):
+            return [], allowed_keys(name), True
+        text = "no 'model'; name one, for example `model: MoS_TWIN`"
+        if name is not None:
+            text = f"model: {shown(name)}: must be the name of a model, for example MoS_TWIN"
+    except KeyError as error:
+        text = str(error.args[0])
+    keys: dict[str, Any] = {}
+    for model in model_names():
+        for key, annotation in allowed_keys(model).items():
+            keys[key] = annotation if keys.get(key, annotation) == annotation else Any
+    return [Fault(("model",), text)], keys, False
 
 
-def _reason(error: ValidationError) -> str:
-    """One clause for a pydantic error."""
-    first = error.errors()[0]["msg"]
-    return first[0].lower() + first[1:]
+def _missing(config: Config) -> Iterator[Fault]:
+    """Required keys that are nowhere; not those of a data set that is not known, as its absence is said already."""
+    absent = [key for key in REQUIRED if key not in config.values]
+    for key in absent if config.dataset is not None or not config.problems else []:
+        where = f" to {config.dataset}" if config.dataset and key in DATA_KEYS else ""
+        if key != "model":
+            yield Fault((key,), f"no '{key}'; add it{where}")
+
+
+def _unknown(key: str, config: Config, allowed: dict[str, Any], known_model: bool) -> str:
+    """That no such key is read, and which one may be meant, or whose it is."""
+    if not known_model:
+        return f"unknown key '{key}'{nearest(key, [*allowed, *IGNORED_KEYS])}"
+    model = config.values["model"]
+    text = f"unknown key '{key}' for model {model}"
+    holders = [name for name in model_names() if key in model_keys(name)]
+    if not holders:
+        return f"{text}{nearest(key, [*allowed, *IGNORED_KEYS])}"
+    near = difflib.get_close_matches(model, holders, n=1, cutoff=0.0)
+    return f"{text}; it is a key of {near[0]}: choose that model, or take the key out"

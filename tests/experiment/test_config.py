@@ -144,29 +144,77 @@ def test_base_is_no_experiment(folder: Path) -> None:
 
 
 def test_an_unknown_data_set_names_the_nearest(folder: Path) -> None:
-    assert f"dataset_id 'sjop' is not in {folder}; nearest: shop" in refusal(folder, "TWIN_shop", "dataset_id=sjop")
+    config = load_config(str(folder), "TWIN_shop", ["dataset_id=sjop"])
+    assert config.problems == [f"--set: dataset_id 'sjop' is not in {folder}; nearest: shop"]
+    assert config.dataset is None and "dataset_id" not in config.values
 
 
-def test_an_experiment_without_a_data_set_is_refused(folder: Path) -> None:
-    (folder / "model_config.yaml").write_text("A:\n  model: TWIN\n")
-    assert "A has no dataset_id; add `dataset_id: <name in dataset_config>`" in refusal(folder, "A")
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("A:\n  model: TWIN\n", ":1: A has no dataset_id; add `dataset_id: <name in dataset_config>`"),
+        ("A:\n  model: TWIN\n  dataset_id: 7\n", ":3: dataset_id: 7: must be text; put it in quotes"),
+        ("A:\n  model: TWIN\n  dataset_id:\n", ":3: A has no dataset_id; add"),
+    ],
+)
+def test_an_experiment_without_a_data_set_has_a_problem(folder: Path, text: str, problem: str) -> None:
+    (folder / "model_config.yaml").write_text(text)
+    [found] = load_config(str(folder), "A").problems
+    assert found.startswith(f"{folder / 'model_config.yaml'}{problem}")
+
+
+def test_every_malformed_override_is_a_problem_and_the_others_count(folder: Path) -> None:
+    config = load_config(str(folder), "TWIN_shop", ["seed", "topk=4", "x=["])
+    assert config.problems == ["--set seed: write it as key=value", "--set x=[: '[' is not a yaml value"]
+    assert config.values["topk"] == 4 and "x" not in config.values
+
+
+def test_entries_of_lists_and_keys_in_them_have_lines(folder: Path) -> None:
+    path = folder / "dataset_config.yaml"
+    path.write_text("shop:\n  cols:\n    - {name: a}\n    - name: b\n      size: 3\n  epochs: 7\n")
+    config = load_config(str(folder), "TWIN_shop")
+    places = [("cols",), ("cols", 0), ("cols", 1), ("cols", 1, "size"), ("cols", 1, "none"), ("cols", 9), ("epochs",)]
+    assert [config.where(place) for place in places] == [f"{path}:{line}" for line in (2, 3, 4, 5, 4, 2, 6)]
+    assert config.where(("nothing",)) is None and config.dataset == f"{path}:1"
+    config.set("cols", [], "--set")
+    assert config.where(("cols", 1, "size")) == "--set"
+
+
+def test_all_bad_keys_of_a_file_are_said_at_once(folder: Path) -> None:
+    path = folder / "model_config.yaml"
+    path.write_text("A:\n  seed: 1\n  seed: 2\n  on: 3\nB: 4\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(str(folder), "A")
+    assert str(refused.value).split("\n  ") == [
+        "3 mistakes:",
+        f"{path}:3: 'A' sets 'seed' twice (also on line 2); take one of them out",
+        f"{path}:4: 'A' has 'on' for a key, which is not text; put it in quotes",
+        f"{path}:5: 'B' must map keys to values",
+    ]
 
 
 BROKEN = {
     "twice": ("A:\n  seed: 1\n  seed: 2\n", "model_config.yaml:3: 'A' sets 'seed' twice (also on line 2)"),
     "twice inside": ("A:\n  monitor: {AUC: 1,\n    AUC: 2}\n", "model_config.yaml:3: 'A: monitor' sets 'AUC' twice"),
     "twice in a list": ("A:\n  x: [{a: 1, a: 2}]\n", "model_config.yaml:2: 'A: x' sets 'a' twice (also on line 2)"),
-    "section twice": ("A: {x: 1}\nA: {x: 2}\n", "model_config.yaml: 'A' is defined in"),
-    "base twice": ("Base: {x: 1}\nBase: {x: 2}\n", "model_config.yaml: 'Base' is defined in"),
+    "section twice": ("A: {x: 1}\nA: {x: 2}\n", "model_config.yaml:2: 'A' is defined in"),
+    "base twice": ("Base: {x: 1}\nBase: {x: 2}\n", "model_config.yaml:2: 'Base' is defined in"),
     "no mapping": ("A: 3\n", "model_config.yaml:1: 'A' must map keys to values"),
     "a list": ("- A\n- B\n", "model_config.yaml: must map names to settings"),
-    "not yaml": ("A: {x: 1\n", "model_config.yaml: not valid yaml: "),
-    "unknown alias": ("A:\n  <<: *nothing\n", "model_config.yaml: not valid yaml: "),
-    "a tag": ("A: {x: !!python/object:os.system 1}\n", "model_config.yaml: not valid yaml: "),
+    "not yaml": ("A: {x: 1\n", "model_config.yaml:2: not valid yaml: expected ',' or '}'"),
+    "a bracket left open": ("A:\n  x: [1,\nB:\n  y: 1\n", "while parsing a flow sequence, which begins on line 2"),
+    "a tab": ("A:\n\tx: 1\n", "model_config.yaml:2: not valid yaml: found character '\\t' that cannot start any token"),
+    "the tab's fix": ("A:\n\tx: 1\n", "; indent with spaces, not with tabs"),
+    "no such date": ("A: {x: 2024-13-45}\n", "model_config.yaml: not valid yaml: month must be in 1..12"),
+    "brackets without end": ("A: " + "[" * 1_200, "model_config.yaml: not valid yaml: "),
+    "a value in itself": ("A: &a {x: *a}\n", "model_config.yaml:1: not valid yaml: found unconstructable recursive node"),
+    "a list in itself": ("A: &a {x: [*a]}\n", "model_config.yaml:1: not valid yaml: found unconstructable recursive node"),
+    "unknown alias": ("A:\n  <<: *nothing\n", "model_config.yaml:2: not valid yaml: found undefined alias 'nothing'"),
+    "a tag": ("A: {x: !!python/object:os.system 1}\n", "model_config.yaml:1: not valid yaml: could not determine a con"),
     "a number for a key": ("A:\n  1: x\n", "model_config.yaml:2: 'A' has '1' for a key, which is not text; put it in"),
     "a truth value for a key": ("A:\n  on: x\n", "model_config.yaml:2: 'A' has 'on' for a key, which is not text"),
     "a list for a key": ("A:\n  ? [1, 2]\n  : x\n", "'A' has a list or mapping for a key"),
-    "control characters": ("A: \x01\n", "model_config.yaml: not valid yaml: "),
+    "control characters": ("A: 1\nB: \x01\n", "model_config.yaml:2: not valid yaml: the character '\\x01'"),
 }
 
 
@@ -186,7 +234,7 @@ def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset_config").mkdir()
     for name in "ab":
         (tmp_path / "dataset_config" / f"{name}.yaml").write_text("shop: {train_data: x}\n")
-    with pytest.raises(ConfigError, match=r"b\.yaml: 'shop' is defined in .*a\.yaml already; rename one of them"):
+    with pytest.raises(ConfigError, match=r"b\.yaml:1: 'shop' is defined in .*a\.yaml already; rename one of them"):
         read_sections(str(tmp_path), "dataset_config")
 
 

@@ -1,0 +1,158 @@
+"""The sections of FuxiCTR's yaml files, with the line of everything in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob
+from typing import Any
+
+import yaml
+
+from model_zoo.errors import ConfigError
+from model_zoo.faults import Place, refusal
+
+BASE = "Base"
+#: what the yaml reader raises for text that is no yaml: also values such as the date 2024-13-45, or brackets without end
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+#: entries of a list, and keys in them, have places; what is deeper has that of what holds it
+DEPTH = 3
+
+
+@dataclass(frozen=True)
+class Section:
+    """One top-level entry of a yaml file.
+
+    Attributes:
+        path: the file.
+        line: where it begins.
+        values: its keys' values.
+        lines: the line of each key, of each entry of a list, and of each key in such an entry.
+    """
+
+    path: str
+    line: int
+    values: dict[str, Any]
+    lines: dict[Place, int]
+
+
+def read_sections(config_dir: str, kind: str) -> list[tuple[str, Section]]:
+    """All sections of ``<kind>.yaml`` or ``<kind>/*.yaml``, by name.
+
+    Raises:
+        ConfigError: no such file, broken yaml, a key or name given twice.
+    """
+    paths = config_files(config_dir, kind)
+    if not paths:
+        raise ConfigError(f"{config_dir}: holds neither {kind}.yaml nor {kind}/*.yaml; give its folder with --config")
+    sections: list[tuple[str, Section]] = []
+    seen: dict[str, str] = {}
+    for path in paths:
+        for name, section in _read_file(path):
+            if name in seen and (name != BASE or seen[name] == path):
+                where = f"{path}:{section.line}"
+                raise ConfigError(f"{where}: '{name}' is defined in {seen[name]} already; rename one of them")
+            seen[name] = path
+            sections.append((name, section))
+    return sections
+
+
+def config_files(config_dir: str, kind: str) -> list[str]:
+    """``<kind>.yaml``, or all of ``<kind>/*.yaml``."""
+    single = os.path.join(config_dir, f"{kind}.yaml")
+    return [single] if os.path.exists(single) else sorted(glob(os.path.join(config_dir, kind, "*.yaml")))
+
+
+def _read_file(path: str) -> list[tuple[str, Section]]:
+    """The top-level mappings of one yaml file, merge keys applied, bad keys refused."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable text file ({error})") from None
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: must map names to settings")
+        bad = [f"{path}:{line}: {what}" for line, what in _bad_names(root)]
+        if bad:
+            raise refusal(bad)
+        return [(str(loader.construct_object(name)), _section(path, loader, name, node)) for name, node in root.value]
+    except NOT_YAML as error:
+        raise ConfigError(_not_yaml(path, text, error)) from None
+
+
+def _section(path: str, loader: yaml.SafeLoader, name: yaml.Node, node: yaml.MappingNode) -> Section:
+    loader.flatten_mapping(node)
+    values = loader.construct_object(node, deep=True)
+    return Section(path, name.start_mark.line + 1, values, dict(_lines(node, ())))
+
+
+def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
+    """The line of everything in a node down to `DEPTH`."""
+    if len(place) == DEPTH:
+        return
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*place, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*place, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield (*place, number), value.start_mark.line + 1
+            yield from _lines(value, (*place, number))
+
+
+def _not_yaml(path: str, text: str, error: Exception) -> str:
+    """File, line and problem of what the yaml reader raised."""
+    where, problem = path, " ".join(str(error).split())
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else path
+        problem = f"{error.problem} {error.context or ''}".strip()
+        if mark and error.context_mark and error.context_mark.line != mark.line:
+            problem += f", which begins on line {error.context_mark.line + 1}"
+    elif isinstance(error, yaml.reader.ReaderError):
+        where = f"{path}:{text.count(chr(10), 0, error.position) + 1}"
+        problem = f"the character {chr(error.character)!r} cannot stand in yaml; take it out"
+    if "'\\t'" in problem:
+        problem += "; indent with spaces, not with tabs"
+    return f"{where}: not valid yaml: {problem}"
+
+
+def _bad_names(root: yaml.MappingNode) -> Iterator[tuple[int, str]]:
+    """Line and fault of every section that is no mapping, and of every bad key in the others."""
+    checked: set[int] = set()
+    for name, node in root.value:
+        if isinstance(node, yaml.MappingNode):
+            yield from _bad_keys(str(name.value), node, checked)
+        else:
+            yield node.start_mark.line + 1, f"'{name.value}' must map keys to values"
+
+
+def _bad_keys(name: str, node: yaml.MappingNode, checked: set[int]) -> Iterator[tuple[int, str]]:
+    """Keys that stand twice, and keys that yaml does not read as text (``on``, ``1``), at any depth.
+
+    Args:
+        checked: ids of nodes that were looked at: an alias is not looked at again, when its merge keys have been applied.
+    """
+    if id(node) in checked:
+        return
+    checked.add(id(node))
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+            given = f"'{key.value}'" if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            yield line, f"'{name}' has {given} for a key, which is not text; put it in quotes"
+            continue
+        if key.value in seen and key.value != "<<":
+            yield line, f"'{name}' sets '{key.value}' twice (also on line {seen[key.value]}); take one of them out"
+        seen[key.value] = line
+        if key.value != "<<":
+            for child in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(child, yaml.MappingNode):
+                    yield from _bad_keys(f"{name}: {key.value}", child, checked)
