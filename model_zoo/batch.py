@@ -27,6 +27,7 @@ class Batch:
         group: ``[B]`` int64 group of the grouped metrics, or None.
         rows: ``[B]`` int64 row numbers in the split's file.
         owner: ``[B]`` int64 in [0, P), the row of ``history`` that each impression reads; None = its own.
+        history_time: int64 seconds, when each event of ``history`` was (0 at padding), of its shape; None = not known.
     """
 
     history: Tensor
@@ -36,6 +37,7 @@ class Batch:
     group: Tensor | None
     rows: Tensor
     owner: Tensor | None = None
+    history_time: Tensor | None = None
 
     def __len__(self) -> int:
         return self.target.shape[0]
@@ -46,12 +48,14 @@ class Batch:
             return self
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("history", "target", "label")}
         context = {name: column.to(device, non_blocking=True) for name, column in self.context.items()}
-        owner = None if self.owner is None else self.owner.to(device, non_blocking=True)
-        return replace(self, context=context, owner=owner, **moved)
+        for name in ("owner", "history_time"):
+            column = getattr(self, name)
+            moved[name] = None if column is None else column.to(device, non_blocking=True)
+        return replace(self, context=context, **moved)
 
     def select(self, rows: Tensor) -> Batch:
         """The given rows (int64 ``[R]``), padded as before; histories with an ``owner`` stay."""
-        kept = () if self.owner is None else ("history",)
+        kept = () if self.owner is None else ("history", "history_time")
         chosen: dict[str, Any] = {
             field.name: value[rows]
             for field in fields(self)
@@ -59,9 +63,24 @@ class Batch:
         }
         return replace(self, context={name: column[rows] for name, column in self.context.items()}, **chosen)
 
+    def sharing_neighbours(self) -> Batch:
+        """This batch with neighbours' histories each held once, if it has no ``owner`` yet and that pays."""
+        found = None if self.owner is not None else neighbours_histories(self.history, self.history_time)
+        if found is None:
+            return self
+        history, owner = found
+        times = self.history_time
+        if times is not None:
+            times = times[F.pad(owner.diff() > 0, (1, 0), value=True)]
+        return replace(self, history=history, owner=owner, history_time=times)
 
-def neighbours_histories(history: Tensor) -> tuple[Tensor, Tensor] | None:
+
+def neighbours_histories(history: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """Histories of which runs of neighbouring rows are copies, each once, as `Batch.history` and `Batch.owner`.
+
+    Args:
+        history: ``[B, L]``.
+        times: ``[B, L]``; copies have the same ones.
 
     Returns:
         ``(history [P, L], owner [B])``, or None if there are not few enough of them for that to pay.
@@ -73,7 +92,9 @@ def neighbours_histories(history: Tensor) -> tuple[Tensor, Tensor] | None:
     if (int(changes.sum()) + 1) * MEAN_ROWS > rows:  # already told by the newest item
         return None
     same = (~changes).nonzero().squeeze(1)
-    changes[same] = (history[same] != history[same + 1]).any(1)
+    for values in (history, times):
+        if values is not None:
+            changes[same] |= (values[same] != values[same + 1]).any(1)
     first = F.pad(changes, (1, 0), value=True)
     owner = first.cumsum(0) - 1
     return (history[first], owner) if (int(owner[-1]) + 1) * MEAN_ROWS <= rows else None

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -85,6 +87,11 @@ FEATURE_COLS = {
     "A": [*META_COLS, *ITEM_COLS, {**IMAGE_COL, "feature_encoder": "nn.Identity()"}],
     "B": [*META_COLS, *CONTEXT_COLS, *ITEM_COLS, IMAGE_COL],
 }
+
+
+def in_groups(frame: pl.DataFrame, path: Path | str, rows: int, **options: Any) -> None:
+    """Write a parquet file in row groups of so many rows; polars keeps to a size since 1.41 only."""
+    pq.write_table(frame.to_arrow(), path, row_group_size=rows, **options)
 
 
 class Answer(NamedTuple):

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from model_zoo.errors import DataError
+from model_zoo.pipeline.parquet_files import read_table
 
 Array = npt.NDArray[np.generic]
-Offsets = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
 
 #: one more than the largest int64, exact as a float
 TOO_LARGE = 2.0**63
@@ -26,97 +23,94 @@ BEYOND_INT64 = tuple(getattr(pl, name) for name in ("UInt64", "Int128", "UInt128
 
 
 class FilePart(str):
-    """A file's path together with the number of the first row that was read, which messages about rows count from."""
+    """A file's path together with which of its rows were read, which messages about rows count from."""
 
     first_row: int
+    kept: Integers | None
 
-    def __new__(cls, path: str, first_row: int) -> FilePart:
+    def __new__(cls, path: str, first_row: int, kept: Integers | None = None) -> FilePart:
+        """``kept``: int64 ``[N]``, the rows counted from ``first_row``, if they are not all that follow it."""
         part = super().__new__(cls, path)
-        part.first_row = first_row
+        part.first_row, part.kept = first_row, kept
         return part
+
+
+class ValueFault(DataError):
+    """Values of a column that cannot be.
+
+    Attributes:
+        column: the column.
+        place: where the first of them stands.
+        value: the first of them.
+        reason: what is wrong, and the fix.
+        count: how many there are in what was read.
+        rows: bool ``[N]``, the rows that hold one.
+    """
+
+    def __init__(self, path: str, column: str, place: str, value: str, reason: str, bad: Array, rows: Array, what: str):
+        self.column, self.place, self.value, self.reason, self.rows = column, place, value, reason, rows
+        self.count = int(bad.sum())
+        within = " in its row group" if isinstance(path, FilePart) else ""
+        super().__init__(f"{path}: column '{column}', {place}: {value} {reason} ({self.count} such {what}{within})")
+
+
+def row_numbers(path: str, rows: int) -> Integers:
+    """Numbers in the whole file of the rows that were read."""
+    kept = getattr(path, "kept", None)
+    return getattr(path, "first_row", 0) + (np.arange(rows) if kept is None else kept)
 
 
 def row_name(path: str, row: int) -> str:
     """``row N``, N being the number in the whole file."""
-    return f"row {getattr(path, 'first_row', 0) + row}"
+    return f"row {row_numbers(path, row + 1)[row]}"
 
 
-def such(path: str, bad: Array, what: str) -> str:
-    """How many, and where they were counted."""
-    within = " in its row group" if isinstance(path, FilePart) else ""
-    return f"{int(bad.sum())} such {what}{within}"
-
-
-def column_names(path: str) -> list[str]:
-    """The columns of a parquet file.
-
-    Raises:
-        DataError: missing or unreadable file.
-    """
-    with _readable(path):
-        return _scan(path).collect_schema().names()
-
-
-def read_table(path: str, columns: Sequence[str], rows: tuple[int, int] | None = None) -> pl.DataFrame:
-    """The named columns of a parquet file.
+def refuse(
+    bad: Array, values: Array | pl.Series, path: str, column: str, reason: str, shown: str = "{}"
+) -> None:
+    """Refuse the values of a column, one a row, where ``bad``.
 
     Args:
-        rows: first row and the row behind the last; default: all. Only row groups that hold some of them are decoded.
+        shown: how the first of them is put before the reason.
 
     Raises:
-        DataError: missing file, unreadable file, missing column.
+        ValueFault: there are some.
     """
-    present = column_names(path)
-    missing = [name for name in columns if name not in present]
-    if missing:
-        near = difflib.get_close_matches(missing[0], present, n=1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise DataError(f"{path}: no column '{missing[0]}'{hint}; it has {', '.join(present)}")
-    with _readable(path):
-        scan = _scan(path) if rows is None else _scan(path).slice(rows[0], rows[1] - rows[0])
-        return scan.select(columns).collect()
+    if bad.any():
+        row = int(np.argmax(bad))
+        said = shown.format(_text(values[row]))
+        raise ValueFault(path, column, row_name(path, row), said, reason, bad, bad, "rows")
 
 
-def row_count(path: str) -> int:
-    """Rows of a parquet file, from its footer.
+def refuse_in_lists(
+    bad: Array, values: Array | pl.Series, offsets: Integers, path: str, column: str, reason: str,
+    shown: str = "{}", name: Callable[[int], str] | None = None, what: str = "values",
+) -> None:
+    """Refuse the flat values of a list column where ``bad``.
+
+    Args:
+        offsets: of the rows, from `ragged`.
+        shown: as for `refuse`.
+        name: calls a row, by its number in what was read, what the user knows it as.
 
     Raises:
-        DataError: missing or unreadable file.
-    """
-    with _readable(path):
-        return int(_scan(path).select(pl.len()).collect().item())
+        ValueFault: there are some.
+    """  # fmt: skip
+    if bad.any():
+        place = int(np.argmax(bad))
+        owners = np.searchsorted(offsets, np.flatnonzero(bad), side="right") - 1
+        rows = np.zeros(len(offsets) - 1, dtype=bool)
+        rows[owners] = True
+        row = int(owners[0])
+        where = f"{name(row) if name else row_name(path, row)}, position {place - offsets[row]}"
+        raise ValueFault(path, column, where, shown.format(_text(values[place])), reason, bad, rows, what)
 
 
-def row_groups(path: str) -> list[int]:
-    """Where the row groups of a parquet file begin, and the number of its rows, from its footer.
-
-    Raises:
-        DataError: missing or unreadable file.
-    """
-    with _readable(path):
-        footer = pq.read_metadata(path)
-        sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-    return [0, *np.cumsum([size for size in sizes if size]).tolist()]
+def _text(value: object) -> str:
+    return str(value.to_list()[:8] if isinstance(value, pl.Series) else value)
 
 
-def _scan(path: str) -> pl.LazyFrame:
-    """The file of this very name, whatever ``*``, ``[`` or ``=`` its path holds."""
-    return pl.scan_parquet(path, glob=False, hive_partitioning=False)
-
-
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """A file that cannot be read is the user's error."""
-    if not os.path.exists(path):
-        raise DataError(f"{path}: no such file; see data/README.md for how to get or build the data set")
-    try:
-        yield
-    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a readable parquet file ({reason}); copy or build it again") from None
-
-
-def integers(series: pl.Series, path: str, offsets: Offsets | None = None) -> npt.NDArray[np.int64]:
+def integers(series: pl.Series, path: str, offsets: Integers | None = None) -> npt.NDArray[np.int64]:
     """A column of whole numbers, stored as integer, float or bool, as int64 ``[N]``.
 
     Args:
@@ -147,7 +141,7 @@ def floats(series: pl.Series, path: str) -> npt.NDArray[np.float32]:
     return values
 
 
-def ids(series: pl.Series, path: str, vocab_size: int, offsets: Offsets | None = None) -> npt.NDArray[np.int32]:
+def ids(series: pl.Series, path: str, vocab_size: int, offsets: Integers | None = None) -> npt.NDArray[np.int32]:
     """An id column as int32 ``[N]`` within ``[0, vocab_size)``.
 
     Args:
@@ -161,6 +155,24 @@ def ids(series: pl.Series, path: str, vocab_size: int, offsets: Offsets | None =
     beyond = f"is outside 0..{vocab_size - 1}; raise the column's vocab_size"
     _refuse(values >= vocab_size, series, path, beyond, offsets)
     return values.astype(np.int32)
+
+
+def times(series: pl.Series, path: str) -> pl.Series:
+    """A column of times, stored as dates or as numbers, as int64 or float64 ``[N]``.
+
+    Raises:
+        DataError: null, NaN or infinite value, or another type.
+    """
+    _refuse(series.is_null().to_numpy(), series, path, "is null; fill it or drop the row")
+    if series.dtype.is_temporal():
+        return series.to_physical().cast(pl.Int64)
+    if not series.dtype.is_numeric():
+        raise DataError(f"{path}: column '{series.name}' holds {series.dtype}, not times; write numbers or dates")
+    if series.dtype.is_integer() and series.dtype not in BEYOND_INT64:
+        return series.cast(pl.Int64)
+    found = series.cast(pl.Float64)
+    _refuse(~np.isfinite(found.to_numpy()), series, path, "is no time; fill it or drop the row")
+    return found
 
 
 def groups(series: pl.Series, path: str, distinct: pl.Series | None = None) -> npt.NDArray[np.int64]:
@@ -256,7 +268,7 @@ def ragged(series: pl.Series, path: str) -> tuple[pl.Series, npt.NDArray[np.int6
     return nonempty.explode().alias(series.name), offsets
 
 
-def _numbers(series: pl.Series, path: str, offsets: Offsets | None = None) -> Array:
+def _numbers(series: pl.Series, path: str, offsets: Integers | None = None) -> Array:
     """The values of a numeric or boolean column without nulls."""
     if not (series.dtype.is_numeric() or series.dtype == pl.Boolean):
         raise DataError(f"{path}: column '{series.name}' holds {series.dtype}, not numbers; encode it as numbers")
@@ -266,21 +278,15 @@ def _numbers(series: pl.Series, path: str, offsets: Offsets | None = None) -> Ar
     return series.to_numpy()
 
 
-def _float32(series: pl.Series, path: str, offsets: Offsets | None = None) -> npt.NDArray[np.float32]:
+def _float32(series: pl.Series, path: str, offsets: Integers | None = None) -> npt.NDArray[np.float32]:
     """The values of a numeric column; infinite where float32 does not reach."""
     with np.errstate(over="ignore"):
         return _numbers(series, path, offsets).astype(np.float32)
 
 
-def _refuse(bad: Array, series: pl.Series, path: str, reason: str, offsets: Offsets | None = None) -> None:
-    """Raise for the first value where ``bad``; with ``offsets`` the values are the flat ones of a list column."""
-    if not bad.any():
-        return
-    place = int(np.argmax(bad))
-    value = series[place]
-    shown = str(value.to_list()[:8] if isinstance(value, pl.Series) else value)
-    row, what = row_name(path, place), "rows"
-    if offsets is not None:
-        number = int(np.searchsorted(offsets, place, side="right")) - 1
-        row, what = f"{row_name(path, number)}, position {place - offsets[number]}", "values"
-    raise DataError(f"{path}: column '{series.name}', {row}: {shown} {reason} ({such(path, bad, what)})")
+def _refuse(bad: Array, series: pl.Series, path: str, reason: str, offsets: Integers | None = None) -> None:
+    """Refuse values of a series where ``bad``; with ``offsets`` they are the flat ones of a list column."""
+    if offsets is None:
+        refuse(bad, series, path, str(series.name), reason)
+    else:
+        refuse_in_lists(bad, series, offsets, path, str(series.name), reason)

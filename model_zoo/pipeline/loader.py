@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from model_zoo.batch import Batch, LongCTRBatch
 from model_zoo.pipeline.dataset import CTRDataset, Histories, Split
 from model_zoo.pipeline.device_data import pinned, transferred
 from model_zoo.pipeline.prefetch import in_background
-from model_zoo.pipeline.streaming import StreamedSplit, batches_of, in_memory
+from model_zoo.pipeline.streaming import StreamedSplit, batches_of, in_memory, without
 
 #: batches made ahead for a CUDA device by default
 PREFETCHED = 2
@@ -83,18 +83,23 @@ class SequenceLoader:
         return self._generator().permutation(rows) if self.shuffle else rows
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self.batches()
+        return self.iterate_from(0)
+
+    def iterate_from(self, first: int) -> Iterator[Batch]:
+        """This epoch's batches from number ``first`` on, as if those before had been iterated over."""
+        batches = self.batches(first)
         if self.prefetch:
             batches = in_background(batches, self.prefetch)
         return batches if self.device.type == "cpu" else transferred(batches, self.device)
 
-    def batches(self) -> Iterator[Batch]:
-        """This epoch's batches on the CPU, made as they are asked for."""
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """This epoch's batches from number ``first`` on, on the CPU, made as they are asked for."""
         if isinstance(self.split, Split):
             blocks = iter([(self.split, self.order())])
         else:
             blocks = self.split.blocks(self._generator() if self.shuffle else None)
-        for part in batches_of(blocks, np.diff(self._bounds).tolist()):
+        sizes = np.diff(self._bounds).tolist()
+        for part in batches_of(without(blocks, self._bounds[first]), sizes[first:]):
             yield self._batch(part)
 
     def batch(self, rows: npt.NDArray[np.int64]) -> Batch:
@@ -102,8 +107,10 @@ class SequenceLoader:
         return self._batch(in_memory(self.split).take(rows))
 
     def _batch(self, part: Split) -> Batch:
-        pin = self.device.type == "cuda"
-        history = gather_histories(self.histories, part.user_index, part.seq_len, self.max_len, pinned if pin else np.empty)
+        allocate = pinned if self.device.type == "cuda" else np.empty
+        wanted = (self.histories, part.user_index, part.seq_len, self.max_len, allocate)
+        history = gather_histories(*wanted)
+        times = None if self.histories.times is None else gather_histories(*wanted, times=True)
         assert part.rows is not None
         return Batch(
             history=torch.from_numpy(history),
@@ -112,6 +119,7 @@ class SequenceLoader:
             label=torch.from_numpy(part.label),
             group=None if part.group is None else torch.from_numpy(part.group),
             rows=torch.from_numpy(part.rows),
+            history_time=None if times is None else torch.from_numpy(times),
         )
 
     def _generator(self) -> np.random.Generator:
@@ -123,36 +131,39 @@ def gather_histories(
     users: npt.NDArray[np.int32],
     seq_len: npt.NDArray[np.int32],
     max_len: int,
-    allocate: Callable[..., npt.NDArray[np.int32]] = np.empty,
-) -> npt.NDArray[np.int32]:
+    allocate: Callable[..., npt.NDArray[Any]] = np.empty,
+    times: bool = False,
+) -> npt.NDArray[Any]:
     """The newest ``max_len`` of each user's first ``seq_len`` items, oldest first, left-padded with 0.
 
     A row is one copy of ``L`` neighbours out of the flat array; what stands before the user's own items is masked.
 
     Args:
         allocate: makes the result from its shape and dtype.
+        times: the events' times in place of their items.
 
     Returns:
-        int32 ``[B, L]``, L = min(longest seq_len of the batch, max_len).
+        int32 (times: int64) ``[B, L]``, L = min(longest seq_len of the batch, max_len).
     """
+    items: npt.NDArray[Any] | None = histories.times if times else histories.items
+    assert items is not None
     length = min(int(seq_len.max(initial=0)), max_len)
-    found = allocate((len(users), length), np.int32)
+    found = allocate((len(users), length), items.dtype)
     if not length:
         return found
-    items = histories.items
     end = histories.offsets.take(users) + seq_len  # one past the newest item
     kept = np.minimum(seq_len, length)
-    last_ones = sliding_window_view(np.repeat(np.array([0, -1], np.int32), length), length)  # row n keeps the last n
+    last_ones = sliding_window_view(np.repeat(np.array([0, -1], items.dtype), length), length)  # row n keeps the last n
     early = np.flatnonzero(end < length)  # their windows would begin before the array
     if len(items) >= length:
         windows = sliding_window_view(items, length)
         start = np.maximum(end - length, 0)
-        step = max(1, CACHED_BYTES // (4 * length))
+        step = max(1, CACHED_BYTES // (items.itemsize * length))
         for first in range(0, len(users), step):
             rows = slice(first, first + step)
             np.bitwise_and(windows[start[rows]], last_ones[kept[rows]], out=found[rows])
     if len(early):
-        beginning = sliding_window_view(np.concatenate([np.zeros(length, np.int32), items[:length]]), length)
+        beginning = sliding_window_view(np.concatenate([np.zeros(length, items.dtype), items[:length]]), length)
         found[early] = beginning[end[early]] & last_ones[kept[early]]
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from zipfile import BadZipFile
 
 import h5py
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from model_zoo.compat import FeatureMap
 from model_zoo.errors import DataError
+from model_zoo.pipeline.parquet_files import reason_of
 
 
 def load_pretrained(feature_map: FeatureMap, embedding_dim: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -28,12 +28,16 @@ def load_pretrained(feature_map: FeatureMap, embedding_dim: int) -> dict[str, tu
     found = {}
     for name, spec in feature_map.features.items():
         if "pretrained_emb" in spec:
-            path = spec["pretrained_emb"]
-            if not os.path.exists(path):
-                path = os.path.join(feature_map.data_dir, path)
+            path = vector_path(feature_map, name)
             width = spec.get("pretrain_dim", spec.get("embedding_dim", embedding_dim))
             found[name] = read_vectors(path, name, spec["vocab_size"], width)
     return found
+
+
+def vector_path(feature_map: FeatureMap, feature: str) -> str:
+    """The file of a feature with ``pretrained_emb``: as it stands, or under the data set's folder."""
+    path = str(feature_map.features[feature]["pretrained_emb"])
+    return path if os.path.exists(path) else os.path.join(feature_map.data_dir, path)
 
 
 def read_vectors(path: str, feature: str, vocab_size: int, width: int) -> tuple[Tensor, Tensor]:
@@ -53,9 +57,11 @@ def read_vectors(path: str, feature: str, vocab_size: int, width: int) -> tuple[
                 key, value = arrays["key"][:], arrays["value"][:]
         else:
             raise DataError(f"{path}: pretrained_emb of feature '{feature}' must be an .h5 or .npz file")
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: needs readable arrays 'key' [n] and 'value' [n, dim] ({reason})") from None
+    except DataError:
+        raise
+    except Exception as error:  # damage makes h5py, zipfile and numpy raise errors of any type
+        needed = "needs readable arrays 'key' [n] and 'value' [n, dim]"
+        raise DataError(f"{path}: {needed} ({reason_of(error)})") from None
     ids = _whole_numbers(key, path)
     if value.dtype.kind not in "fiu":
         raise DataError(f"{path}: 'value' must hold numbers, not {value.dtype}")

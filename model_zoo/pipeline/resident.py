@@ -27,31 +27,36 @@ OnDevice = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class ResidentHistories:
-    """`Histories` as tensors: ``items`` int32, ``offsets`` int64 ``[users + 1]``."""
+    """`Histories` as tensors: ``items`` int32, ``offsets`` int64 ``[users + 1]``, ``times`` int64 or None."""
 
     items: Tensor
     offsets: Tensor
+    times: Tensor | None = None
 
     @classmethod
     def of(cls, histories: Histories, device: torch.device) -> ResidentHistories:
         """A copy on ``device``."""
-        return cls(torch.tensor(histories.items, device=device), torch.tensor(histories.offsets, device=device))
+        times = None if histories.times is None else torch.tensor(histories.times, device=device)
+        return cls(torch.tensor(histories.items, device=device), torch.tensor(histories.offsets, device=device), times)
 
-    def newest(self, users: Tensor, seq_len: Tensor, length: int) -> Tensor:
+    def newest(self, users: Tensor, seq_len: Tensor, length: int, times: bool = False) -> Tensor:
         """`loader.gather_histories` where the tensors are.
 
         Args:
             users, seq_len: int32 ``[B]``.
             length: L, which the caller knows without waiting for the device.
+            times: the events' times in place of their items.
 
         Returns:
-            int32 ``[B, L]``.
+            int32 (times: int64) ``[B, L]``.
         """
+        values = self.times if times else self.items
+        assert values is not None
         if not length:
-            return self.items.new_zeros(len(users), 0)
+            return values.new_zeros(len(users), 0)
         age = torch.arange(length, 0, -1, device=self.items.device)  # 1 = newest
         place = (self.offsets[users.long()] + seq_len).unsqueeze(1) - age
-        return self.items[place.clamp_min_(0)] * (age <= seq_len.unsqueeze(1))
+        return values[place.clamp_min_(0)] * (age <= seq_len.unsqueeze(1))
 
 
 class ResidentLoader(SequenceLoader):
@@ -84,14 +89,14 @@ class ResidentLoader(SequenceLoader):
         self.columns = {name: torch.tensor(getattr(self.rows, name), device=self.device) for name in names}
         self.context = {name: torch.tensor(column, device=self.device) for name, column in self.rows.context.items()}
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
+    def iterate_from(self, first: int) -> Iterator[Batch]:
+        return self.batches(first)
 
-    def batches(self) -> Iterator[Batch]:
-        """This epoch's batches on the device."""
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """This epoch's batches from number ``first`` on, on the device."""
         order = self.order()
         there = torch.tensor(order, device=self.device)
-        for start, end in pairwise(self._bounds):
+        for start, end in pairwise(self._bounds[first:]):
             yield self._gathered(order[start:end], there[start:end])
 
     def batch(self, rows: np.ndarray) -> Batch:
@@ -101,13 +106,15 @@ class ResidentLoader(SequenceLoader):
     def _gathered(self, rows: np.ndarray, there: Tensor) -> Batch:
         chosen = {name: column[there] for name, column in self.columns.items()}
         length = min(int(self.rows.seq_len.take(rows).max(initial=0)), self.max_len)
+        wanted = (chosen["user_index"], chosen["seq_len"], length)
         return Batch(
-            history=self.on_device.newest(chosen["user_index"], chosen["seq_len"], length),
+            history=self.on_device.newest(*wanted),
             target=chosen["item_index"],
             context={name: column[there] for name, column in self.context.items()},
             label=chosen["label"],
             group=None if self.rows.group is None else torch.from_numpy(self.rows.group.take(rows)),
             rows=torch.from_numpy(rows),
+            history_time=None if self.on_device.times is None else self.on_device.newest(*wanted, times=True),
         )
 
 
@@ -124,7 +131,9 @@ def resident_splits(dataset: CTRDataset, device: torch.device, wanted: OnDevice)
         return list(dataset.splits)
     if wanted is False or device.type != "cuda":
         return []
-    room = DATA_SHARE * torch.cuda.mem_get_info(device)[0] - dataset.histories.items.nbytes
+    histories = dataset.histories
+    held = histories.items.nbytes + (0 if histories.times is None else histories.times.nbytes)
+    room = DATA_SHARE * torch.cuda.mem_get_info(device)[0] - held
     chosen = []
     for name, split in dataset.splits.items():
         if isinstance(split, Split) and split.nbytes <= room:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,14 @@ import polars as pl
 
 from model_zoo.compat import FeatureMap
 from model_zoo.errors import DataError
-from model_zoo.pipeline import columns
+from model_zoo.pipeline import columns, parquet_files
 from model_zoo.pipeline.feature_map import ROW_COLUMNS
+
+#: the label's name among a split's readers; its column may be called as a feature is
+LABEL = "label:"
+
+#: reads a column of a table, given the file's name, and refuses what cannot be
+ColumnReader = Callable[[pl.DataFrame, str], Any]
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class SplitReader:
         group_id = self.feature_map.group_id
         label = self.feature_map.labels[0]
         wanted = dict.fromkeys([*ROW_COLUMNS, *self.context, label, *([group_id] if group_id else [])])
-        table = columns.read_table(self.path, list(wanted), rows)
+        table = parquet_files.read_table(self.path, list(wanted), rows)
         if table.height == 0:
             raise DataError(f"{self.path}: no rows; the {self.name} split needs at least one impression")
         return table
@@ -128,24 +134,45 @@ class SplitReader:
         """
         table = self.table(rows)
         path: str = self.path if rows is None else columns.FilePart(self.path, rows[0])
-        label, group_id, users = self.feature_map.labels[0], self.feature_map.group_id, len(self.lengths)
-        user = columns.integers(table["user_index"], path)
-        item = columns.integers(table["item_index"], path)
-        seq_len = columns.integers(table["seq_len"], path)
-        target = columns.integers(table[label], path).astype(np.float32)
-        beyond = (item <= 0) | (item >= self.num_items)
-        _check(user, (user < 0) | (user >= users), path, "user_index", f"user_info holds users 0..{users - 1}")
-        _check(item, beyond, path, "item_index", f"item_info holds items 1..{self.num_items - 1}")
-        longest = self.lengths[user]
-        _check(seq_len, seq_len < 0, path, "seq_len", "a length cannot be negative")
-        _check(seq_len, seq_len > longest, path, "seq_len", "beyond the user's history in user_info; rebuild the split")
-        _check(target, (target != 0) & (target != 1), path, label, "labels must be 0 or 1")
+        read = {name: column(table, path) for name, column in self.readers().items()}
+        user, item, seq_len = (read.pop(name) for name in ROW_COLUMNS)
+        self.check_history(user, seq_len, path)
+        label = read.pop(LABEL)
+        group_id = self.feature_map.group_id
         group = columns.groups(table[group_id], path, self.distinct) if group_id else None
-        width = self.feature_map.default_emb_dim
-        context = {name: feature_column(table[name], path, spec, width) for name, spec in self.context.items()}
         narrow = [column.astype(np.int32) for column in (user, item, seq_len)]
         numbers = None if rows is None else np.arange(*rows)
-        return Split(self.name, self.path, narrow[0], narrow[1], narrow[2], target, context, group, numbers)
+        return Split(self.name, self.path, narrow[0], narrow[1], narrow[2], label, read, group, numbers)
+
+    def readers(self) -> dict[str, ColumnReader]:
+        """How each column is read from the table and checked by itself: row columns, `LABEL`, context features."""
+        users, items, label = len(self.lengths), self.num_items, self.feature_map.labels[0]
+        width = self.feature_map.default_emb_dim
+
+        def whole(name: str, bad: Callable[[Any], columns.Array], reason: str, dtype: Any = np.int64) -> ColumnReader:
+            def read(table: pl.DataFrame, path: str) -> npt.NDArray[Any]:
+                values = columns.integers(table[name], path).astype(dtype)
+                columns.refuse(bad(values), values, path, name, reason, "{}:")
+                return values
+
+            return read
+
+        def feature(name: str, spec: dict[str, Any]) -> ColumnReader:
+            return lambda table, path: feature_column(table[name], path, spec, width)
+
+        known_users, known_items = f"user_info holds users 0..{users - 1}", f"item_info holds items 1..{items - 1}"
+        return {
+            "user_index": whole("user_index", lambda user: (user < 0) | (user >= users), known_users),
+            "item_index": whole("item_index", lambda item: (item <= 0) | (item >= items), known_items),
+            "seq_len": whole("seq_len", lambda length: length < 0, "a length cannot be negative"),
+            LABEL: whole(label, lambda value: (value != 0) & (value != 1), "labels must be 0 or 1", np.float32),
+            **{name: feature(name, spec) for name, spec in self.context.items()},
+        }
+
+    def check_history(self, user: columns.Integers, seq_len: columns.Integers, path: str) -> None:
+        """Refuse a ``seq_len`` beyond the user's history."""
+        beyond = "beyond the user's history in user_info; rebuild the split"
+        columns.refuse(seq_len > self.lengths[user], seq_len, path, "seq_len", beyond, "{}:")
 
 
 def feature_column(
@@ -174,10 +201,3 @@ def feature_column(
     else:
         width = spec.get("pretrain_dim")
     return columns.vectors(series, path, width)
-
-
-def _check(values: columns.Array, bad: npt.NDArray[np.bool_], path: str, column: str, reason: str) -> None:
-    if bad.any():
-        row = int(np.argmax(bad))
-        where = f"{path}: column '{column}', {columns.row_name(path, row)}"
-        raise DataError(f"{where}: {values[row]}: {reason} ({columns.such(path, bad, 'rows')})")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model_zoo.errors import ConfigError
-from model_zoo.pipeline import columns
+from model_zoo.pipeline import columns, parquet_files
 from model_zoo.pipeline.splits import Split, SplitReader, joined
 
 #: bytes of a table's temporaries while it is checked, per byte of the table: int64 copies, masks
@@ -47,8 +47,8 @@ class StreamedSplit:
             ConfigError: a row group takes more than its half.
             DataError: as `SplitReader.read`.
         """
-        columns.column_names(reader.path)  # refuses what is no parquet file
-        bounds = columns.row_groups(reader.path)
+        parquet_files.column_names(reader.path)  # refuses what is no parquet file
+        bounds = parquet_files.row_groups(reader.path)
         largest = int(np.argmax(np.diff(bounds))) if len(bounds) > 1 else 0
         table = reader.table((bounds[largest], bounds[largest + 1]) if len(bounds) > 1 else None)
         rows = table.height
@@ -117,6 +117,15 @@ def in_memory(split: Split | StreamedSplit) -> Split:
     return split
 
 
+def without(blocks: Iterable[Block], rows: int) -> Iterator[Block]:
+    """The blocks less the first ``rows`` rows of their orders."""
+    for block, order in blocks:
+        kept = order[rows:]
+        rows -= len(order) - len(kept)
+        if len(kept):
+            yield block, kept
+
+
 def batches_of(blocks: Iterable[Block], sizes: Iterable[int]) -> Iterator[Split]:
     """Batches of the given sizes; what a block leaves over begins the batch that the next one completes.
 
@@ -124,7 +133,7 @@ def batches_of(blocks: Iterable[Block], sizes: Iterable[int]) -> Iterator[Split]
         sizes: as many rows together as the blocks have.
     """
     remaining = iter(sizes)
-    missing, held = next(remaining), list[Split]()
+    missing, held = next(remaining, 0), list[Split]()
     for block, order in blocks:
         place = 0
         while place < len(order):

@@ -48,7 +48,8 @@ def write(data: SyntheticData, out_dir: Path) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=out_dir))
         try:
             for name, table in tables.items():
-                pq.write_table(pa.table(table), unfinished / f"{name}.parquet", compression="zstd")
+                path = unfinished / f"{name}.parquet"
+                pq.write_table(pa.table(table), path, compression="zstd", write_page_checksum=True)
             np.savez_compressed(unfinished / "truth.npz", **truth)
             for path in sorted(unfinished.iterdir()):
                 os.replace(path, out_dir / path.name)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_zoo.errors import DataError
-from model_zoo.pipeline import columns
+from model_zoo.pipeline import columns, parquet_files
 
 FILE = "train.parquet"
 lists_of_ids = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=12)
@@ -188,29 +188,29 @@ def good(tmp_path: Path) -> Path:
 
 
 def test_only_the_named_columns_are_read(good: Path) -> None:
-    assert columns.read_table(str(good), ["seq_len"]).columns == ["seq_len"]
-    assert columns.column_names(str(good)) == ["user_index", "seq_len", "name"]
-    assert columns.row_count(str(good)) == 2
+    assert parquet_files.read_table(str(good), ["seq_len"]).columns == ["seq_len"]
+    assert parquet_files.column_names(str(good)) == ["user_index", "seq_len", "name"]
+    assert parquet_files.row_count(str(good)) == 2
 
 
 def test_a_path_is_taken_literally(good: Path, tmp_path: Path) -> None:
     odd = tmp_path / "a[1]*?" / "day=3"
     odd.mkdir(parents=True)
     path = good.rename(odd / "good.parquet")
-    assert columns.read_table(str(path), ["seq_len"]).shape == (2, 1)
+    assert parquet_files.read_table(str(path), ["seq_len"]).shape == (2, 1)
 
 
 def test_a_missing_column_is_refused_with_the_nearest_name(good: Path) -> None:
     with pytest.raises(DataError) as refusal:
-        columns.read_table(str(good), ["user_index", "user_indx"])
+        parquet_files.read_table(str(good), ["user_index", "user_indx"])
     expected = "no column 'user_indx' (did you mean 'user_index'?); it has user_index, seq_len, name"
     assert str(refusal.value) == f"{good}: {expected}"
     with pytest.raises(DataError, match="no column 'zzz'; it has"):
-        columns.read_table(str(good), ["zzz"])
+        parquet_files.read_table(str(good), ["zzz"])
 
 
 @pytest.mark.parametrize(
-    "read", [columns.column_names, columns.row_count, lambda path: columns.read_table(path, ["a"])]
+    "read", [parquet_files.column_names, parquet_files.row_count, lambda path: parquet_files.read_table(path, ["a"])]
 )
 def test_a_missing_file_is_refused_with_the_way_to_get_it(read: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.parquet: no such file; see data/README\.md"):
@@ -228,7 +228,8 @@ def test_a_file_that_is_no_parquet_file_is_refused_in_one_sentence(content: str,
         "tail cut": whole[:-9],
     }
     good.mkdir() if content == "folder" else good.write_bytes(contents[content])
-    for read in (columns.column_names, columns.row_count, lambda path: columns.read_table(path, ["user_index"])):
+    reads = (parquet_files.column_names, parquet_files.row_count, lambda path: parquet_files.read_table(path, ["a"]))
+    for read in reads:
         with pytest.raises(DataError, match=r"good\.parquet: not a readable parquet file \(.*\); copy") as refusal:
             read(str(good))
         assert "\n" not in str(refusal.value)
@@ -247,7 +248,7 @@ def test_damage_inside_a_file_gives_a_refusal_or_a_table_never_a_crash(tmp_path:
         damaged[start : start + 50] = rng.integers(0, 256, 50, dtype=np.uint8).tobytes()
         path.write_bytes(damaged)
         try:
-            columns.read_table(str(path), ["user_index", "full_item_seq"])
+            parquet_files.read_table(str(path), ["user_index", "full_item_seq"])
             outcomes.add("table")
         except DataError:
             outcomes.add("refusal")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from conftest import in_groups
 
 from model_zoo.errors import DataError
 from model_zoo.pipeline.histories import Histories, read_bounded_histories, read_histories
@@ -15,9 +16,7 @@ from model_zoo.pipeline.histories import Histories, read_bounded_histories, read
 def users(path: Path, rows: list[list[int]], order: list[int] | None = None, row_group_size: int = 2) -> str:
     order = list(range(len(rows))) if order is None else order
     table = {"user_index": order, "full_item_seq": [rows[user] for user in order]}
-    pl.DataFrame(table, schema_overrides={"full_item_seq": pl.List(pl.Int64)}).write_parquet(
-        path, row_group_size=row_group_size
-    )
+    in_groups(pl.DataFrame(table, schema_overrides={"full_item_seq": pl.List(pl.Int64)}), path, row_group_size)
     return str(path)
 
 
@@ -39,7 +38,7 @@ def test_histories_in_parts_in_memory_or_mapped(tmp_path: Path, order: list[int]
 
 def test_users_without_an_index_are_numbered_across_row_groups(tmp_path: Path) -> None:
     path = users(tmp_path / "user_info.parquet", ROWS)
-    pl.read_parquet(path).drop("user_index").write_parquet(path, row_group_size=2)
+    in_groups(pl.read_parquet(path).drop("user_index"), path, 2)
     found = read_bounded_histories(path, 10, 10**6, str(tmp_path / "cache"))
     assert found.items.tolist() == [item for row in ROWS for item in row] and found.offsets.tolist()[-1] == 10
 

@@ -11,13 +11,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from conftest import in_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_zoo.batch import Batch
 from model_zoo.errors import ConfigError, DataError
 from model_zoo.experiment.run import build_model, make_loaders
-from model_zoo.pipeline import columns
+from model_zoo.pipeline import columns, parquet_files
 from model_zoo.pipeline.baselines import popularity_baselines
 from model_zoo.pipeline.dataset import CTRDataset, Split, check_labels, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
@@ -36,7 +37,7 @@ def chunked(tiny_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for name in FILES:
         path = tiny_params()[name]
         path = path if path.endswith(".parquet") else f"{path}.parquet"
-        pl.read_parquet(path).write_parquet(folder / f"{name}.parquet", row_group_size=97)
+        in_groups(pl.read_parquet(path), folder / f"{name}.parquet", 97)
         files[name] = str(folder / f"{name}.parquet")
 
     def make(**changes: Any) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def spoiled(chunked: Params, folder: Path, name: str, row: int, value: Any) -> d
     values = table[name].to_list()
     values[row] = value
     path = folder / "train.parquet"
-    table.with_columns(pl.Series(name, values, strict=False)).write_parquet(path, row_group_size=97)
+    in_groups(table.with_columns(pl.Series(name, values, strict=False)), path, 97)
     return {**chunked(memory_limit_mib=8), "train_data": str(path)}
 
 
@@ -208,8 +209,8 @@ def test_groups_have_the_same_numbers_in_parts(tmp_path: Path, kind: str) -> Non
     dtype = pl.UInt64 if kind in ("hashes", "small unsigned") else None
     series = pl.Series("session", GROUPS[kind], dtype=dtype)
     path = str(tmp_path / "file.parquet")
-    pl.DataFrame([series]).write_parquet(path, row_group_size=2)
-    bounds = columns.row_groups(path)
+    in_groups(pl.DataFrame([series]), path, 2)
+    bounds = parquet_files.row_groups(path)
     assert bounds == [0, 2, 4, 6, 7]
     distinct = columns.distinct_groups(path, "session", bounds)
     assert (distinct is None) == (kind == "whole numbers")
@@ -222,7 +223,7 @@ def test_a_missing_group_is_named_by_its_row(chunked: Params, tmp_path: Path, va
     table = pl.read_parquet(chunked()["train_data"])
     session = [0.5] * 150 + [value] + [1.5] * (table.height - 151)
     path = tmp_path / "train.parquet"
-    table.with_columns(pl.Series("session", session)).write_parquet(path, row_group_size=97)
+    in_groups(table.with_columns(pl.Series("session", session)), path, 97)
     params = {**chunked(memory_limit_mib=8, group_id="session"), "train_data": str(path)}
     for name in ("valid_data", "test_data"):
         params[name] = str(path)
@@ -233,7 +234,7 @@ def test_a_missing_group_is_named_by_its_row(chunked: Params, tmp_path: Path, va
 def test_a_bound_below_one_row_group_is_refused_with_the_bound_that_does(tmp_path: Path, chunked: Params) -> None:
     table = pl.read_parquet(chunked()["train_data"])
     path = tmp_path / "train.parquet"
-    pl.concat([table] * 60).write_parquet(path, row_group_size=10**6)
+    in_groups(pl.concat([table] * 60), path, 10**6)
     params = {**chunked(memory_limit_mib=1), "train_data": str(path)}
     with pytest.raises(ConfigError, match=r"memory_limit_mib: 1: the largest row group of train.parquet") as error:
         load_dataset(build_feature_map(params), params)

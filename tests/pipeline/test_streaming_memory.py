@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from conftest import in_groups
 
 EPOCHS = """
 import sys
@@ -43,7 +44,7 @@ def test_memory_keeps_to_its_bound(tmp_path: Path, root: Path) -> None:
             **{f"number{i}": random.random(rows) for i in range(8)},
         }
     )
-    frame.write_parquet(tmp_path / "big.parquet", row_group_size=10_000, compression="uncompressed")
+    in_groups(frame, tmp_path / "big.parquet", 10_000, compression="none")
     frame[:1000].write_parquet(tmp_path / "small.parquet")
     pl.DataFrame({"item_index": range(9), "item_id": range(9)}).write_parquet(tmp_path / "item_info.parquet")
     pl.DataFrame({"user_index": [0], "full_item_seq": [[1, 2, 3, 4]]}).write_parquet(tmp_path / "user_info.parquet")
