@@ -204,10 +204,12 @@ def best_scored(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     step = math.isqrt(length // topk)  # then both searches are equally long
     if step < 3:
         return tuple(scores.topk(topk, dim=-1, sorted=False))  # type: ignore[return-value]
-    strides = -(-length // step)
-    table = F.pad(scores, (0, strides * step - length), value=-torch.inf).unflatten(-1, (step, strides))
-    stride = table.amax(-2).topk(topk, dim=-1, sorted=False).indices  # [..., topk]
+    strides = length // step
+    whole = strides * step
+    stride = scores[..., :whole].unflatten(-1, (step, strides)).amax(-2).topk(topk, dim=-1, sorted=False).indices
     offset = torch.arange(step, device=scores.device).unsqueeze(1) * strides
     column = (stride.unsqueeze(-2) + offset).flatten(-2)  # [..., step topk]
-    best, place = table.flatten(-2).gather(-1, column).topk(topk, dim=-1, sorted=False)
+    rest = torch.arange(whole, length, device=scores.device).expand(*column.shape[:-1], -1)  # in no stride
+    column = torch.cat([column, rest], -1)
+    best, place = scores.gather(-1, column).topk(topk, dim=-1, sorted=False)
     return best, column.gather(-1, place)

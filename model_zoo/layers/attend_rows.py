@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model_zoo.layers.attend_items import MASKED_SCORE, attend_items, gathered
-from model_zoo.layers.item_rows import Entries, pool_rows, sparse_rows, spread
+from model_zoo.layers.item_rows import Entries, Part, pool_rows, sparse_rows, spread
 
 #: heads of one row up to which reading each item once per head costs less than gathering it once for all
 FEW_HEADS = 3
@@ -130,6 +130,13 @@ class Attended:
         mask = read.mask if read.attend_padding else None
         return Attended(entries, entries.flat(share), keep, read.weight is None, mask)
 
+    def backward(self, query: Tensor, grad: Tensor, items: Tensor) -> tuple[Tensor | None, Part]:
+        """Gradient of the queries (None if they have no part), and what the items receive, from ``grad [N, d]``."""
+        if not self.scored:
+            return None, (self.entries, [(grad, self.used)])
+        d_scores = self.d_scores(grad, items)
+        return self.entries.pool(items, d_scores), (self.entries, [(grad, self.used), (query, d_scores)])
+
     def d_scores(self, grad: Tensor, items: Tensor) -> Tensor:
         """``[E]`` gradients of the scores from those of the answers, ``grad [N, d]``."""
         d_weight = self.entries.dots(grad, items)
@@ -160,12 +167,8 @@ class _AttendRows(torch.autograd.Function):
         parts = []
         with torch.autocast(items.device.type, enabled=False):
             for given, query, done in zip(grads, queries, ctx.attended, strict=True):
-                grad = given.contiguous()
-                parts.append((done.entries, grad, done.used))
-                d_queries.append(None)
-                if done.scored:
-                    d_scores = done.d_scores(grad, items)
-                    d_queries[-1] = done.entries.pool(items, d_scores)
-                    parts.append((done.entries, query, d_scores))
+                found, part = done.backward(query, given.contiguous(), items)
+                d_queries.append(found)
+                parts.append(part)
             d_items = spread(parts, items.shape[0]) if ctx.needs_input_grad[0] else None
         return d_items, None, *d_queries

@@ -145,13 +145,23 @@ class LSH(nn.Module):
         lowest = sum(1 << number * self.hash_bits for number in range(self.hashes_per_word))
         for rows, words in gathered(tokens, index):  # [r, T, W]
             words ^= target[rows].unsqueeze(1)
-            if self.hash_bits > 1:  # a hash differs if any of its bits does: fold them onto its lowest
-                differing = words.clone()
-                for place in range(1, self.hash_bits):
-                    differing |= words >> place
-                words = differing & lowest
-            torch.sum(_count_ones(words), -1, out=counts[rows])
+            folded = 1  # a hash differs if any of its bits does: its lowest bit takes in as many more as it has
+            while folded < self.hash_bits:
+                step = min(folded, self.hash_bits - folded)
+                words |= words >> step
+                folded += step
+            words &= lowest
+            torch.sum(self._count_hashes(words, lowest), -1, out=counts[rows])
         return counts
+
+    def _count_hashes(self, words: Tensor, lowest: int) -> Tensor:
+        """How many of the hashes' lowest bits, all that may be set, are set in each word, in place."""
+        if self.hashes_per_word >> self.hash_bits:
+            return _count_ones(words)
+        words *= lowest  # a hash's bits can hold the sum of all: the product's highest hash does
+        words >>= (self.hashes_per_word - 1) * self.hash_bits
+        words &= (1 << self.hash_bits) - 1
+        return words
 
     @torch.no_grad()
     def collisions(self, target: Tensor, tokens: Tensor, index: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.routed_experts import RoutedExperts, RoutedTokens, fusable, run_experts, run_fused
 from model_zoo.layers.routers import GateNorm, Routing, ThemeRouter
 from model_zoo.layers.sequence import Sequence, SharedSequence
+from model_zoo.layers.session_windows import SessionWindows, times_of
+from model_zoo.layers.taxonomy import Taxonomy
 from model_zoo.layers.theme_codebook import EmaMode, ThemeCodebook
-from model_zoo.layers.windows import WindowAlign, WindowDivisor, Windows
+from model_zoo.layers.windows import WindowAlign, WindowDivisor, WindowMeans, Windows
 
 
 class MoS(nn.Module):
@@ -62,6 +64,13 @@ class MoS(nn.Module):
         window_divide_by: ``count`` of items present, or always the window's ``size``.
         short_history: a history shorter than a window is one ``partial`` window, or has no window branch (``skip``).
         empty_history: an empty history gives the ``global`` block's answer, or ``zeros``.
+        windows: ``fixed``, or beyond the paper one per ``session`` of the history: needs the times of its events, see
+            `SessionWindows`. The keys of fixed windows then have nothing to set.
+        session_gap: seconds without an event after which the next event begins a session.
+        codebook_init: ``kmeans`` (the paper), or beyond it ``taxonomy``: codes start from the centroids of the items'
+            categories, see `Taxonomy`.
+        taxonomy_feature: the categorical item feature that holds an item's category.
+        taxonomy_weight: weight of `Taxonomy.penalty` on both routers, which keeps h(x) near the themes of its category.
 
     Raises:
         ValueError: weights or counts out of range.
@@ -107,6 +116,11 @@ class MoS(nn.Module):
         window_divide_by: WindowDivisor = "count",
         short_history: Literal["partial", "skip"] = "partial",
         empty_history: Literal["global", "zeros"] = "global",
+        windows: Literal["fixed", "session"] = "fixed",
+        session_gap: int = 1800,
+        codebook_init: Literal["kmeans", "taxonomy"] = "kmeans",
+        taxonomy_feature: str | None = None,
+        taxonomy_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if min(alpha_item, alpha_window) < 0 or alpha_item + alpha_window > 1 + 1e-9:
@@ -122,6 +136,18 @@ class MoS(nn.Module):
             raise ValueError(f"window_size ({window_size}) and window_stride ({window_stride}) must be at least 1")
         if router_temperature <= 0:
             raise ValueError(f"router_temperature ({router_temperature}) must be positive")
+        if session_gap < 0:
+            raise ValueError(f"session_gap ({session_gap}) must be at least 0 seconds")
+        if windows == "session" and (window_align, window_divide_by, short_history) != ("right", "count", "partial"):
+            raise ValueError("windows: session has whole sessions: leave out window_align, window_divide_by, short_history")
+        if taxonomy_weight < 0:
+            raise ValueError(f"taxonomy_weight ({taxonomy_weight}) must be at least 0")
+        if codebook_init == "taxonomy" or taxonomy_weight:
+            key = "taxonomy_weight" if taxonomy_weight else "codebook_init"
+            if taxonomy_feature is None:
+                raise ValueError(f"{key} needs taxonomy_feature: the name of the item feature that holds categories")
+            if router_input != "item":
+                raise ValueError(f"{key} needs router_input: item, not {router_input}")
         self.router_input = router_input
         self.gate_source = gate_source
         self.window_size = window_size
@@ -132,6 +158,11 @@ class MoS(nn.Module):
         self.empty_history = empty_history
         self.commitment_weight = commitment_weight
         self.align_weight = align_weight
+        self.window_kind = windows
+        self.session_gap = session_gap
+        self.codebook_init = codebook_init
+        self.taxonomy_feature = taxonomy_feature if codebook_init == "taxonomy" or taxonomy_weight else None
+        self.taxonomy_weight = taxonomy_weight
         self.final_alphas = (
             alpha_item if n_item_experts else 0.0,
             alpha_window if n_window_experts else 0.0,
@@ -183,6 +214,13 @@ class MoS(nn.Module):
         modules = (self.item_experts, self.item_router, self.window_experts, self.window_router)
         return [module for module in modules if module is not None]
 
+    def use_taxonomy(self, num_categories: int) -> None:
+        """Give each router the table of its categories' themes, still empty: categories are 0 .. num_categories - 1."""
+        for router in (self.item_router, self.window_router):
+            if router is not None:
+                taxonomy = Taxonomy(num_categories, router.codebook.num_themes)
+                router.taxonomy = taxonomy.to(router.codebook.codes.device)
+
     def set_fusion(self, alpha_item: float, alpha_window: float, *, update_codebooks: bool = False) -> None:
         """Put fusion weights in force; a branch that does not exist leaves its weight to the other one."""
         if self.item_experts is None:
@@ -200,8 +238,10 @@ class MoS(nn.Module):
         """Put the checkpoint's fusion weights in force."""
         self.alpha_item, self.alpha_window = (float(value) for value in state)
 
-    def windows(self, sequence: Sequence) -> Windows:
-        """The sliding windows that the window experts read."""
+    def windows(self, sequence: Sequence) -> WindowMeans:
+        """The sliding windows, or the sessions, that the window experts read."""
+        if self.window_kind == "session":
+            return SessionWindows(sequence, self.session_gap)
         shortest = self.window_size if self.short_history == "skip" else 0
         return Windows(
             sequence, self.window_size, self.window_stride, self.window_align, self.window_divide_by, shortest
@@ -233,7 +273,12 @@ class MoS(nn.Module):
 
         Returns:
             ``[B, out_dim]``.
+
+        Raises:
+            ConfigError: session windows, and the histories have no times.
         """
+        if self.window_kind == "session" and self.window_router is not None:  # also before the window experts' phase
+            times_of(sequence.histories if isinstance(sequence, SharedSequence) else sequence)
         base = max(1.0 - (self.alpha_item + self.alpha_window), 0.0)
         base = 0.0 if base < 1e-9 else base
         if base == 1.0:
@@ -268,6 +313,12 @@ class MoS(nn.Module):
             output = output * (sequence.lengths > 0).unsqueeze(1)
         return output
 
+    @torch.no_grad()
+    def route(self, query: Tensor, sequence: Sequence) -> dict[str, RoutedTokens]:
+        """Tokens and routing of the branches that there are, ``item`` and ``window``, whatever their weights in force."""
+        routers = {"item": self.item_router, "window": self.window_router}
+        return {name: self._route(name, query, sequence, None) for name, router in routers.items() if router is not None}
+
     def _route(
         self, name: str, query: Tensor, sequence: Sequence | SharedSequence, losses: list[Any] | None
     ) -> RoutedTokens:
@@ -278,9 +329,11 @@ class MoS(nn.Module):
         experts: RoutedExperts = getattr(self, f"{name}_experts")
         router: ThemeRouter = getattr(self, f"{name}_router")
         histories = sequence.histories if isinstance(sequence, SharedSequence) else sequence
-        tokens: Sequence | Windows = histories if name == "item" else self.windows(histories)
-        if isinstance(tokens, Windows) and (tokens.align == "left" or self.router_input == "item_target"):
-            tokens = tokens.sequence()
+        windows = self.windows(histories) if name == "window" else None
+        if isinstance(windows, Windows) and windows.align == "right" and self.router_input == "item":
+            tokens: Sequence | Windows = windows
+        else:
+            tokens = histories if windows is None else windows.sequence()
         active = sequence.per_row(tokens.mask.any(1))
         if tokens.mask.shape[1] == 0 or not bool(active.any()):
             count = len(experts.experts)
@@ -293,6 +346,9 @@ class MoS(nn.Module):
         if losses is not None and self.commitment_weight and self.training:
             vectors = inputs.sequence() if isinstance(inputs, Windows) else inputs
             losses.append(self.commitment_weight * router.commitment(vectors))
+        if losses is not None and self.taxonomy_weight and self.training:
+            assert router.taxonomy is not None, "use_taxonomy comes first"
+            losses.append(self.taxonomy_weight * router.taxonomy.penalty(router, inputs))
         routing = router(inputs, gating, update_codebook=self.update_codebooks and self.training)
         if gating is None:
             routing = replace(routing, gates=sequence.per_row(routing.gates))

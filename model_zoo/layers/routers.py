@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.theme_codebook import ThemeCodebook
 from model_zoo.layers.windows import Windows
+
+if TYPE_CHECKING:
+    from model_zoo.layers.taxonomy import Taxonomy
 
 GateNorm = Literal["topk_softmax", "softmax_then_mask"]
 
@@ -87,6 +90,7 @@ class ThemeRouter(nn.Module):
                 nn.Linear(input_dim, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, codebook_dim, bias=bias)
             )
         self.codebook = codebook
+        self.taxonomy: Taxonomy | None = None
         self.topk = topk
         self.temperature = temperature
         self.gate_norm = gate_norm
@@ -126,14 +130,14 @@ class ThemeRouter(nn.Module):
         """
         with torch.no_grad():
             hidden = self.encode_tokens(tokens)  # [U, D]
-            best = self.codebook.cosine(hidden).topk(self.topk, dim=-1).indices  # [U, k]
+            best = self.codebook.nearest(hidden, self.topk)  # [U, k]
             table = torch.zeros(max(len(best), 1), self.codebook.num_themes, dtype=torch.bool, device=best.device)
             found = table.scatter_(1, best, True).index_select(0, tokens.index.reshape(-1))
             members = found.view(*tokens.index.shape, -1)  # [B, T, n]
             if gating is None:
                 chosen = best[tokens.index[:, -1]] if len(best) else best.new_zeros(len(members), self.topk)
             else:
-                chosen = self.codebook.cosine(self.encode(gating)).topk(self.topk, dim=-1).indices
+                chosen = self.codebook.nearest(self.encode(gating), self.topk)
         gates = self._gates(tokens.last_vectors if gating is None else gating, chosen)
         if update_codebook:
             moving = best[:, :1] if self.ema_assign_top1 else best
@@ -143,7 +147,7 @@ class ThemeRouter(nn.Module):
     def commitment(self, tokens: Sequence) -> Tensor:
         """VQ-VAE commitment term: mean over real tokens and their themes of ``|h(x) - sg(W_i)|^2``."""
         hidden = self.encode(tokens.items)
-        best = self.codebook.cosine(hidden.detach()).topk(self.topk, dim=-1).indices
+        best = self.codebook.nearest(hidden.detach(), self.topk)
         gap = (hidden.unsqueeze(1) - self.codebook.codes.detach()[best]).square().sum(-1).mean(1)  # [U]
         weight = occurrences(tokens).to(gap.dtype)
         return (gap * weight).sum() / weight.sum().clamp(min=1)
@@ -165,4 +169,5 @@ def occurrences(tokens: Sequence | Windows) -> Tensor:
     """``[U]`` how many real positions hold each item row; once each existing window."""
     if isinstance(tokens, Windows):
         return torch.ones(int(tokens.mask.sum()), dtype=torch.long, device=tokens.mask.device)
-    return torch.bincount(tokens.index[tokens.mask], minlength=tokens.items.shape[0])
+    index = tokens.index.reshape(-1) if bool(tokens.mask.all()) else tokens.index[tokens.mask]
+    return torch.bincount(index, minlength=tokens.items.shape[0])

@@ -18,16 +18,20 @@ from model_zoo.layers.sequence import Sequence
 def usage_report(
     routers: Mapping[str, ThemeRouter], batches: Iterable[Mapping[str, Sequence]]
 ) -> dict[str, dict[str, Any]]:
-    """Figures per router over batches of its tokens.
+    """Figures per router over batches of its tokens; none of a router whose sequences have no column in any batch.
 
     Returns:
-        ``share`` of tokens per theme, ``gating_share`` of rows per theme of their newest token, ``entropy`` of share over
-        log n, ``margin`` = mean top-1 minus top-2 cosine, ``routed`` = mean share of a row's tokens that its first expert
-        reads, ``drift`` = cosine of each code to its members' mean (1 = the code keeps up; 0 = no members).
+        ``tokens``, the count behind the means; ``share`` of them per theme, ``read`` = share of them that each theme's
+        expert reads (more than ``share`` where a token has several), ``gating_share`` of rows per theme of their newest
+        token, ``entropy`` of share over log n, ``margin`` = mean top-1 minus top-2 cosine, ``routed`` = mean share of a
+        row's tokens that its first expert reads and ``routed_length`` = their mean number, ``drift`` = cosine of each
+        code to its members' mean (1 = the code keeps up; 0 = no members), ``effective_rank`` of the codes' directions.
     """
     totals: dict[str, dict[str, Tensor]] = {}
     for batch in batches:
         for name, tokens in batch.items():
+            if not tokens.index.shape[1]:
+                continue
             found = _routing_sums(routers[name], tokens)
             total = totals.setdefault(name, {key: torch.zeros_like(value) for key, value in found.items()})
             for key, value in found.items():
@@ -36,15 +40,20 @@ def usage_report(
     for name, total in totals.items():
         count = total["tokens"].sum().clamp(min=1)
         share = total["tokens"] / count
-        entropy = -(share * share.clamp(min=1e-12).log()).sum() / math.log(max(len(share), 2))
+        rows = total["rows"].clamp(min=1)
+        codes = routers[name].codebook.codes
         mean = total["hidden"] / total["members"].clamp(min=1).unsqueeze(1)
         report[name] = {
+            "tokens": int(total["tokens"].sum()),
             "share": share.tolist(),
+            "read": (total["members"] / count).tolist(),
             "gating_share": (total["gating"] / total["gating"].sum().clamp(min=1)).tolist(),
-            "entropy": float(entropy),
+            "entropy": relative_entropy(share),
             "margin": float(total["margin"] / count),
-            "routed": float(total["routed"] / total["rows"].clamp(min=1)),
-            "drift": F.cosine_similarity(routers[name].codebook.codes, mean, dim=1).tolist(),
+            "routed": float(total["routed"] / rows),
+            "routed_length": float(total["routed_length"] / rows),
+            "drift": F.cosine_similarity(codes, mean, dim=1).tolist(),
+            "effective_rank": effective_rank(F.normalize(codes, dim=1)),
         }
     return report
 
@@ -73,8 +82,34 @@ def _routing_sums(router: ThemeRouter, tokens: Sequence) -> dict[str, Tensor]:
         "gating": torch.bincount(gating[:, 0], minlength=themes).float(),
         "margin": ((top[:, 0] - top[:, -1]) * weight).sum(),
         "routed": (read / tokens.lengths.clamp(min=1))[real].sum(),
+        "routed_length": read[real].sum(),
         "rows": real.sum().float(),
     }
+
+
+def relative_entropy(share: Tensor) -> float:
+    """Entropy of shares ``[n]`` that sum to 1, over log n: 1 = even, 0 = all in one place."""
+    return float(-(share * share.clamp(min=1e-12).log()).sum() / math.log(max(len(share), 2)))
+
+
+@torch.no_grad()
+def effective_rank(matrix: Tensor) -> float:
+    """The number of directions that a matrix ``[n, d]`` spreads over: exp of the entropy of its normalised singular values.
+
+    1 where all rows are multiples of one, min(n, d) where no direction has more than another; 0 for zeros, nan where a
+    number is not finite.
+
+    Source: Roy & Vetterli, The effective rank, EUSIPCO 2007.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        return math.nan
+    wide = matrix.double()
+    gram = wide.T @ wide if wide.shape[0] > wide.shape[1] else wide @ wide.T
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    if float(singular.sum()) == 0:
+        return 0.0
+    share = singular / singular.sum()
+    return math.exp(float(torch.special.entr(share).sum()))
 
 
 def mean_routing_stats(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

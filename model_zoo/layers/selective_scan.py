@@ -130,12 +130,16 @@ def scan_function(kernel: ScanKernel, inputs: Tensor | None = None) -> Callable[
         inputs: what is to be scanned; None checks the choice before there is a batch.
 
     Raises:
-        ConfigError: ``cuda`` and the package, or a GPU, or its precision is missing.
+        ConfigError: ``cuda`` and the package, or a GPU, or its precision is missing, or kernels must be deterministic.
         ValueError: no such kernel.
     """
     if kernel not in ("auto", "torch", "cuda"):
         raise ValueError(f"scan_kernel must be auto, torch or cuda, not {kernel!r}")
     if kernel == "torch":
+        return None
+    if torch.are_deterministic_algorithms_enabled():  # torch cannot see that the package's backward adds atomically
+        if kernel == "cuda":
+            raise ConfigError("scan_kernel: cuda does not repeat its sums, as --deterministic asks; set scan_kernel: torch")
         return None
     fused, fault = _mamba_ssm()
     fix = "or set scan_kernel: auto"

@@ -115,10 +115,11 @@ class SharedExpertMoE(nn.Module):
 
         Returns:
             ``rows`` with history and their ``tokens``, the counts behind the means; ``fallback_rate``, share of rows that
-            no expert serves; ``unread_rate``, share of tokens that no expert reads; ``experts_per_token`` and
-            ``experts_per_row`` (experts that serve it), means; and by expert ``share`` of all token readings, mean
-            ``gate``, mean ``routed_length`` over all rows, ``served_rows`` that it serves, and over these ``served_length``
-            (0 if there are none). Empty if there is no router.
+            no expert serves; ``unread_rate``, share of tokens that no expert reads; ``experts_per_token``,
+            ``experts_per_row`` (experts that serve it) and ``gate_margin`` (largest gate minus the second), means; and
+            by expert ``share`` of all token readings, mean ``gate``, mean ``routed_length`` over all rows,
+            ``served_rows`` that it serves, and over these ``served_length`` (0 if there are none). Empty if there is no
+            router.
         """
         if self.router is None:
             return {}
@@ -128,6 +129,7 @@ class SharedExpertMoE(nn.Module):
         rows, count = present.sum(), tokens.mask.sum()
         serves = (routing.gates > 0).double()  # [B, n]
         read, lengths = members.sum((0, 1)), members.sum(1)  # [n], [B, n]
+        top = routing.gates.double().topk(min(2, routing.gates.shape[1]), dim=1).values
         return {
             "rows": int(rows),
             "tokens": int(count),
@@ -137,6 +139,7 @@ class SharedExpertMoE(nn.Module):
             "experts_per_row": float(serves.sum() / rows.clamp(min=1)),
             "share": (read / read.sum().clamp(min=1)).tolist(),
             "gate": (routing.gates.double().sum(0) / rows.clamp(min=1)).tolist(),
+            "gate_margin": float(((top[:, 0] - top[:, -1]) * present).sum() / rows.clamp(min=1)),
             "routed_length": (read / rows.clamp(min=1)).tolist(),
             "served_rows": serves.sum(0).long().tolist(),
             "served_length": ((lengths * serves).sum(0) / serves.sum(0).clamp(min=1)).tolist(),

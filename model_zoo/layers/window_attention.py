@@ -1,28 +1,28 @@
-"""Attention over window means that are formed for a few rows at a time, and whose gradient goes straight to the items.
+"""Attention over window means, formed of those windows alone that some query reads, for a bounded number at a time.
 
-A batch has tens of thousands of windows; a table of their means would be the largest tensor of a train step, and its
-gradient another. The gradient of a row's windows is a sum of the row's few queries and answers' gradients, so it is not
-formed either: each item of the history receives those vectors with weights that its windows pass on (`Windows.by_item`).
+A batch has tens of thousands of windows, and a query reads those of one theme. Means, and in the backward their gradients,
+are formed of what is read, and given back before the next rows' are formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ListOf
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model_zoo.layers.attend_rows import Attended
 from model_zoo.layers.attention_branches import BranchRead, Reading, rows_read
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.item_rows import Entries, spread
+from model_zoo.layers.sequence import OWN_TABLE_SHARE, Sequence, distinct_items
 from model_zoo.layers.windows import Windows
 
 #: elements of a table of window means
-MEANS_FLOATS = 2**21
+MEANS_FLOATS = 2**24
 
 
 def attend_windows(
@@ -43,26 +43,25 @@ def attend_windows(
 
 
 class _AttendWindows(torch.autograd.Function):
-    """Groups of queries in the order of their rows, so that a row's means are formed once."""
+    """By groups of queries; the backward forms again the means that have a weight, unless one group holds them all."""
 
     @staticmethod
     def forward(ctx: Any, items: Tensor, query: Tensor, windows: Windows, row: Tensor, members: Tensor,
                 branches: tuple[BranchRead, ...]) -> Tensor:  # fmt: skip
-        ctx.order = row.argsort(stable=True)
-        ctx.windows, ctx.row, ctx.heads = windows, row, [branch.heads for branch in branches]
-        pooled, ctx.attended = torch.empty_like(query), []
+        ctx.heads, ctx.read = [branch.heads for branch in branches], []
+        pooled = torch.zeros_like(query)
         with torch.autocast(items.device.type, enabled=False):
-            for chosen, means, first in _groups(windows, items, row, ctx.order):
-                index = (windows.index[row[chosen]] - first).clamp_(min=0)  # what stands for no window is not read
-                tokens = Sequence(means, index, members[chosen])
-                reading = Reading(query[chosen], tokens, aligned=False)
-                answers = []
-                for mine, branch in zip(reading.query.split(ctx.heads, 1), branches, strict=True):
-                    flat = mine.reshape(-1, mine.shape[-1])
+            for group in _groups(windows, row, members, items.shape[1]):
+                means, mine = group.means(items), group.queries
+                reading = Reading(query[mine], Sequence(means, group.index, members[mine]), aligned=False)
+                answers, attended = [], []
+                for asked, branch in zip(reading.query.split(ctx.heads, 1), branches, strict=True):
+                    flat = asked.reshape(-1, asked.shape[-1])
                     done = Attended.of(flat, rows_read(flat, reading, branch), means)
-                    ctx.attended.append(done)
-                    answers.append(done.entries.pool(means, done.used).view(mine.shape))
-                pooled[chosen] = torch.cat(answers, 1)
+                    attended.append(done)
+                    answers.append(done.entries.pool(means, done.used).view(asked.shape))
+                pooled[mine] = torch.cat(answers, 1)
+                ctx.read.append(group.kept(attended, means))
         ctx.save_for_backward(items, query)
         return pooled
 
@@ -70,70 +69,81 @@ class _AttendWindows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         items, query = ctx.saved_tensors
-        windows, row = ctx.windows, ctx.row
         d_query = torch.zeros_like(query)
-        heads = sum(ctx.heads)
-        # of each item of each query's history: shares in the answers' gradients, then in the queries
-        shares = query.new_zeros(len(query), 2 * heads, windows.source.index.shape[1])
-        attended = iter(ctx.attended)
+        d_items = None
         with torch.autocast(items.device.type, enabled=False):
-            for chosen, means, first in _groups(windows, items, row, ctx.order):
-                start = 0
-                for count in ctx.heads:
-                    mine = slice(start, start + count)
-                    start = mine.stop
-                    done: Attended = next(attended)
-                    flat = grad[chosen, mine].reshape(-1, grad.shape[-1])
-                    number = windows.column[done.entries.columns + first]
-                    owner = row[chosen].repeat_interleave(count)
-
-                    def by_item(values: Tensor, done: Attended = done, number: Tensor = number,
-                                owner: Tensor = owner, count: int = count) -> Tensor:  # fmt: skip
-                        table = values.new_zeros(len(owner) * windows.count)
-                        table.index_add_(0, done.entries.owner * windows.count + number, values)
-                        return windows.by_item(table.view(len(owner), -1), owner).unflatten(0, (-1, count))
-
-                    shares[chosen, mine] = by_item(done.used)
-                    if done.scored:
-                        d_scores = done.d_scores(flat, means)
-                        d_query[chosen, mine] = done.entries.pool(means, d_scores).unflatten(0, (-1, count))
-                        shares[chosen, mine.start + heads : mine.stop + heads] = by_item(d_scores)
-            left = torch.cat([grad, query], 1)
-            d_items = _to_items(shares, left, windows.source, row) if ctx.needs_input_grad[0] else None
+            for group, attended, table in ctx.read:
+                means, mine = group.means(items) if table is None else table, group.queries
+                parts, d_asked = [], []
+                split = (values[mine].split(ctx.heads, 1) for values in (query, grad))
+                for asked, given, done in zip(*split, attended, strict=True):
+                    flat = given.reshape(-1, given.shape[-1])
+                    found, part = done.backward(asked.reshape(flat.shape), flat, means)
+                    d_asked.append(torch.zeros_like(asked) if found is None else found.view(asked.shape))
+                    parts.append(part)
+                d_query[mine] = torch.cat(d_asked, 1)
+                if ctx.needs_input_grad[0]:
+                    d_items = group.to_items(spread(parts, len(means)), items, d_items)
+        if d_items is None and ctx.needs_input_grad[0]:
+            d_items = torch.zeros_like(items)
         return d_items, d_query, None, None, None, None
 
 
-def _groups(windows: Windows, items: Tensor, row: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Groups of queries: which ``[n]``, the window means of their rows ``[m, d]``, and the number of the first of these."""
-    rows = max(MEANS_FLOATS // max(windows.count * items.shape[1], 1), 1)
-    sorted_rows = row[order]
-    starts = torch.searchsorted(sorted_rows, torch.arange(0, len(windows.mask) + rows, rows, device=row.device)).tolist()
-    for number, (start, end) in enumerate(pairwise(starts)):
-        if end > start:
-            span = slice(number * rows, min((number + 1) * rows, len(windows.mask)))
-            yield order[start:end], windows.means_of(items, span), int(windows.rows_start[span.start])
+@dataclass(frozen=True)
+class _Group:
+    """Queries and the m windows that they read.
 
-
-def _to_items(shares: Tensor, left: Tensor, source: Sequence, row: Tensor) -> Tensor:
-    """``[U, d]``: every item of every history receives ``sum_p shares[n, p, t] left[n, p]``.
-
-    Args:
-        shares: ``[N, P, T]``.
-        left: ``[N, P, d]``.
-        source: the histories.
-        row: ``[N]`` the history of each n.
+    Attributes:
+        queries: ``[n]`` int64, or all of them.
+        index: ``[n, W]`` the place of each window among the m (anything where a query does not read it).
+        bag: ``[m, size]`` item rows of the windows.
+        weight: ``[m, size]`` their weights.
     """
-    parts = left.shape[1]
-    real = source.mask[row]  # [N, T]
-    columns = source.index[row][real]
-    order = columns.argsort(stable=True)
-    owner = real.nonzero()[:, 0][order]
-    places = owner.unsqueeze(1) * parts + torch.arange(parts, device=owner.device)
-    counts = torch.bincount(columns, minlength=len(source.items))
-    return F.embedding_bag(
-        places.view(-1),
-        left.flatten(0, 1),
-        (counts.cumsum(0) - counts) * parts,
-        mode="sum",
-        per_sample_weights=shares.transpose(1, 2)[real].index_select(0, order).view(-1),
-    )
+
+    queries: Tensor | slice
+    index: Tensor
+    bag: Tensor
+    weight: Tensor
+
+    def means(self, items: Tensor) -> Tensor:
+        """``[m, d]``."""
+        return Entries(self.bag, None).pool(items, self.weight.view(-1).to(items.dtype))
+
+    def to_items(self, gradient: Tensor, items: Tensor, total: Tensor | None) -> Tensor:
+        """``total`` (``[U, d]``, None = 0) and the gradient of the items from that of the means, ``[m, d]``."""
+        found = spread([(Entries(self.bag, None), [(gradient, self.weight.view(-1).to(items.dtype))])], len(items))
+        return found if total is None else total.add_(found)
+
+    def kept(self, attended: list[Attended], means: Tensor) -> tuple[_Group, list[Attended], Tensor | None]:
+        """What the backward needs: the windows that an entry names, the entries, and the means of a group that is alone."""
+        alone = isinstance(self.queries, slice)
+        named, place = distinct_items(torch.cat([done.entries.columns for done in attended]), len(self.bag))
+        if len(named) > OWN_TABLE_SHARE * len(self.bag):
+            return self, attended, means if alone else None
+        places = place.split([len(done.entries.columns) for done in attended])
+        moved = [replace(done, entries=done.entries.over(new)) for done, new in zip(attended, places, strict=True)]
+        fewer = replace(self, bag=self.bag[named], weight=self.weight[named])
+        return fewer, moved, means.index_select(0, named) if alone else None
+
+
+def _groups(windows: Windows, row: Tensor, members: Tensor, dim: int) -> Iterator[_Group]:
+    """Groups of queries whose windows' means are of a bounded size; a row's queries are of one group."""
+    read = torch.zeros(windows.mask.shape, dtype=torch.int32, device=row.device).index_add_(0, row, members.int()) > 0
+    number = read.flatten().cumsum(0).view(read.shape)  # of each window that is read, from 1
+    known, weights = windows.bags
+    chosen = read[windows.mask]
+    bag, weight = known[chosen], weights[chosen]
+    limit = max(MEANS_FLOATS // dim, 1)
+    if len(bag) <= limit:
+        if len(bag):
+            yield _Group(slice(None), (number - 1).clamp_(min=0)[row], bag, weight)
+        return
+    ends = number[:, -1]  # [B]
+    part = (ends - 1).clamp_(min=0) // limit  # of each row
+    rows = torch.bincount(part)
+    last = ends[rows.cumsum(0)[rows > 0] - 1].tolist()
+    for which, (start, end) in zip(rows.nonzero().squeeze(1).tolist(), pairwise([0, *last]), strict=True):
+        queries = (part[row] == which).nonzero().squeeze(1)
+        if end > start:
+            index = (number[row[queries]] - 1 - start).clamp_(0, end - start - 1)
+            yield _Group(queries, index, bag[start:end], weight[start:end])

@@ -9,14 +9,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_zoo.layers.item_rows import Entries, pool_rows
+from model_zoo.layers.item_rows import pool_rows
 from model_zoo.layers.sequence import Sequence
 
 WindowAlign = Literal["right", "left"]
 WindowDivisor = Literal["count", "size"]
 
+#: in a sequence's memo: the category of each row of its items, int64 ``[U]``, 0 = none
+CATEGORY = "category"
 
-class Windows:
+
+class WindowMeans:
+    """Means of item vectors over N windows of a batch's histories, in row-major order, each row's oldest first.
+
+    Attributes:
+        source: the histories.
+        mask: ``[B, W]`` bool, which windows exist.
+    """
+
+    source: Sequence
+    mask: Tensor
+
+    def means(self, table: Tensor) -> Tensor:
+        """Window means of the rows of a table ``[U, D]`` over the items, ``[N, D]``."""
+        raise NotImplementedError
+
+    def members(self) -> tuple[Tensor, Tensor]:
+        """The window (in 0..N-1) and the item row of every item in a window, int64 ``[E]`` each."""
+        raise NotImplementedError
+
+    @property
+    def index(self) -> Tensor:
+        """``[B, W]`` the place of each existing window among the N, 0 elsewhere."""
+        return (self.mask.reshape(-1).cumsum(0) - 1).clamp(min=0).view(self.mask.shape)
+
+    @cached_property
+    def category(self) -> Tensor | None:
+        """``[N]`` the category that most items of each window have (of several the lowest number); see `CATEGORY`."""
+        known = self.source.memo.get(CATEGORY)
+        if known is None:
+            return None
+        owner, row = self.members()
+        return majority(owner, known[row], int(self.mask.sum()))
+
+    def sequence(self) -> Sequence:
+        """The windows as tokens of a sequence."""
+        means = self.means(self.source.items)
+        memo = {} if self.category is None else {CATEGORY: self.category}
+        if means.shape[0] == 0:
+            means, memo = means.new_zeros(1, means.shape[1]), {name: one.new_zeros(1) for name, one in memo.items()}
+        return Sequence(means, self.index, self.mask, memo=memo)
+
+
+class Windows(WindowMeans):
     """Means of item vectors over sliding windows, in time order; a mean is formed only where it is asked for.
 
     ``align="right"`` counts windows from the newest item: window j covers the items that are [j*stride, j*stride+size)
@@ -64,9 +109,20 @@ class Windows:
     @cached_property
     def bags(self) -> tuple[Tensor, Tensor]:
         """Item rows int64 and weights of every existing window, ``[N, size]`` each, windows in row-major order."""
-        column, real = self._columns(self.start)
-        index = self.source.index.gather(1, column).view(*real.shape)[self.mask]
-        return index, self._weights(real[self.mask])
+        if self.align == "right" and self.count:  # the same columns in every row: a view serves
+            beyond = -int(self.start[0, 0])  # columns before the first that the oldest window covers, or it leaves out
+            index, real = (
+                F.pad(values, (beyond, 0)).unfold(1, self.size, self.stride)
+                for values in (self.source.index, self.source.mask)
+            )
+        else:
+            column, real = self._columns(self.start)
+            index = self.source.index.gather(1, column).view(real.shape)
+        if bool(self.mask.all()):
+            index, real = index.reshape(-1, self.size), real.reshape(-1, self.size)
+        else:
+            index, real = index[self.mask], real[self.mask]
+        return index, self._weights(real)
 
     def means(self, table: Tensor) -> Tensor:
         """Window means of the rows of a table ``[U, D]`` over the items, ``[N, D]`` for the N existing windows."""
@@ -75,17 +131,13 @@ class Windows:
             return table.new_zeros(0, table.shape[1])
         return pool_rows(table, index, weight)
 
-    @property
-    def index(self) -> Tensor:
-        """``[B, W]`` the place of each existing window among the N, 0 elsewhere."""
-        return (self.mask.reshape(-1).cumsum(0) - 1).clamp(min=0).view(self.mask.shape)
+    def members(self) -> tuple[Tensor, Tensor]:
+        index, weight = self.bags
+        return (weight != 0).nonzero()[:, 0], index[weight != 0]
 
     def sequence(self) -> Sequence:
         """The windows as tokens of a sequence, right-aligned."""
-        means = self.means(self.source.items)
-        if means.shape[0] == 0:
-            means = self.source.items.new_zeros(1, self.source.items.shape[1])
-        windows = Sequence(means, self.index, self.mask)
+        windows = super().sequence()
         return windows if self.align == "right" else windows.compact(self.mask)
 
     @property
@@ -94,55 +146,6 @@ class Windows:
         column, real = self._columns(self.start[:, -1:])
         index, weight = self.source.index.gather(1, column), self._weights(real[:, 0])
         return pool_rows(self.source.items, index, weight)
-
-    @cached_property
-    def rows_start(self) -> Tensor:
-        """``[B + 1]`` the number of existing windows in the rows before each row."""
-        return F.pad(self.mask.sum(1).cumsum(0), (1, 0))
-
-    @cached_property
-    def column(self) -> Tensor:
-        """``[N]`` the place of each existing window in its row."""
-        return self.mask.nonzero()[:, 1]
-
-    def means_of(self, table: Tensor, rows: slice) -> Tensor:
-        """`means` of the windows of some rows alone, without a gradient."""
-        index, weight = self.bags
-        start, end = int(self.rows_start[rows.start]), int(self.rows_start[rows.stop])
-        entries = Entries(index[start:end], None)
-        with torch.no_grad():
-            return entries.pool(table, weight[start:end].reshape(-1).to(table.dtype))
-
-    def by_item(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """Weights of windows as weights of the items that they average (right-aligned windows only).
-
-        Args:
-            weight: ``[N, W]``, 0 for windows that do not exist.
-            rows: ``[N]`` int64, whose windows they are.
-
-        Returns:
-            ``[N, T]`` over the history's columns (anything at padding).
-        """
-        length, device = self.source.index.shape[1], weight.device
-        weight = weight * self._inverse[rows]
-        age = torch.arange(length - 1, -1, -1, device=device)
-        answer = weight.new_zeros(len(rows), length)
-        for before in range(-(-self.size // self.stride)):  # an item lies in so many windows
-            number = age // self.stride - before  # counted from the newest
-            inside = (number >= 0) & (number < self.count) & (age < number * self.stride + self.size)
-            column = (self.count - 1 - number).clamp(0, self.count - 1)
-            answer += weight.index_select(1, column) * inside
-        return answer
-
-    @cached_property
-    def _inverse(self) -> Tensor:
-        """``[B, W]`` one over the number of items that a window's sum is divided by."""
-        dtype = self.source.items.dtype
-        if self.divide_by == "size":
-            return torch.full(self.mask.shape, 1 / self.size, dtype=dtype, device=self.start.device)
-        oldest = (self.source.index.shape[1] - self.source.lengths).unsqueeze(1)  # [B, 1]
-        count = self.start + self.size - torch.maximum(self.start, oldest)
-        return 1 / count.clamp(min=1).to(dtype)
 
     def _columns(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """Columns ``[B, W * size]`` of the windows that start at ``start``, and which are real items ``[B, W, size]``."""
@@ -155,3 +158,18 @@ class Windows:
     def _weights(self, real: Tensor) -> Tensor:
         weight = real.to(self.source.items.dtype)
         return weight / (weight.sum(1, keepdim=True).clamp(min=1) if self.divide_by == "count" else self.size)
+
+
+def majority(owner: Tensor, category: Tensor, count: int) -> Tensor:
+    """The most frequent category among the entries of each owner, int64 ``[count]``; of several the lowest number.
+
+    Args:
+        owner: ``[E]`` int64 in [0, count).
+        category: ``[E]`` int64; entries of category 0 do not count, and an owner that has no other gets 0.
+    """
+    span = int(category.max()) + 1 if category.numel() else 1
+    real = category > 0
+    found, times = torch.unique(owner[real] * span + category[real], return_counts=True)
+    rank = times * span + (span - found % span)
+    best = rank.new_zeros(count).scatter_reduce_(0, found // span, rank, "amax")
+    return torch.where(best > 0, span - best % span, 0)

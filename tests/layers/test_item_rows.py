@@ -45,8 +45,11 @@ def test_dots_pool_and_spread_are_the_dense_products(rows, columns, num_items, s
     for n in range(rows):
         for k in range(columns):
             goal[index[n, k]] += weight[n, k] * (left[n] + left[n].flip(0))
-    got = spread([(entries, left, flat), (entries, left.flip(1), flat)], num_items)
-    torch.testing.assert_close(got, goal, **EXACT)
+    pairs = [(left, flat), (left.flip(1), flat)]
+    for parts in ([(entries, pairs)], [(entries, [pair]) for pair in pairs]):
+        torch.testing.assert_close(spread(parts, num_items), goal, **EXACT)
+    mixed = spread([(entries, pairs), (entries, pairs[:1]), (entries, pairs[1:])], num_items)
+    torch.testing.assert_close(mixed, 2 * goal, **EXACT)
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -77,7 +80,7 @@ def test_sums_repeat_whatever_the_number_of_threads():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            found.append(spread([(entries, left.float(), entries.flat(weight.float()))], 300))
+            found.append(spread([(entries, [(left.float(), entries.flat(weight.float()))])], 300))
         finally:
             torch.set_num_threads(1)
     assert torch.equal(found[0], found[1])

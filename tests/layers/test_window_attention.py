@@ -88,14 +88,35 @@ def test_given_weights_over_windows():
         torch.testing.assert_close(a, b, **EXACT)
 
 
-@pytest.mark.parametrize("divide_by", ["count", "size"])
-@pytest.mark.parametrize(("size", "stride"), [(8, 4), (4, 4), (3, 5), (5, 2), (1, 1)])
-def test_weights_by_item_are_the_transpose_of_the_means(size, stride, divide_by):
-    sequence = ragged([0, 3, 17, 20], DIM, 2, padding=2)
-    windows = Windows(sequence, size, stride, divide_by=divide_by)
-    rows = torch.tensor([3, 1, 2, 0, 3])
-    weight = torch.randn(5, windows.count, dtype=torch.double) * windows.mask[rows]
-    got = (windows.by_item(weight, rows) * sequence.mask[rows]).unsqueeze(2) * sequence.vectors[rows]
-    means = windows.sequence()
-    want = weight.unsqueeze(2) * means.vectors[rows]
-    torch.testing.assert_close(got.sum(1), want.sum(1), **EXACT)
+def test_rows_whose_windows_nobody_reads_and_branches_without_a_weight():
+    def nothing(query, tokens):
+        return torch.zeros_like(tokens.mask, dtype=torch.double)
+
+    sequence = ragged([9, 4, 0], DIM, 3)
+    windows = Windows(sequence, 4, 2)
+    query = torch.randn(2, 1, DIM, dtype=torch.double).requires_grad_()
+    row = torch.tensor([1, 0])
+    members = windows.mask[row]
+    for branch, read in ((BranchRead(1, weigh=nothing), members), (BranchRead(1), members & False)):
+        [answer] = attend_windows(query, windows, row, read, [branch])
+        assert torch.equal(answer, torch.zeros_like(answer))
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(answer, [query, sequence.items]))
+
+
+def test_a_group_that_is_alone_keeps_its_means_and_others_form_again_those_that_have_a_weight(monkeypatch):
+    formed = []
+    means = module._Group.means
+    monkeypatch.setattr(module._Group, "means", lambda group, items: formed.append(len(group.bag)) or means(group, items))
+
+    def run():
+        got, want, leaves = both([19, 23], 4, 2, "count", [BranchRead(1, topk=2)], seed=2, scattered=False)
+        for a, b in zip(gradients(got, leaves), gradients(want, leaves), strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+
+    run()
+    assert formed == [9 + 11]
+    formed.clear()
+    monkeypatch.setattr(module, "MEANS_FLOATS", DIM)
+    run()
+    assert formed[:2] == [9, 11] and len(formed) == 4
+    assert sum(formed[2:]) <= 4 * 2  # of four queries two windows each
