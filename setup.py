@@ -17,10 +17,10 @@ setup(
     package_dir={"": "."},
     install_requires=[
         "fuxictr>=2.3.9,<2.4",
-        "torch>=2.4",
+        "torch>=2.8",
         "numpy>=1.26",
-        "polars>=1.0",
-        "pyarrow>=14",
+        "polars>=1.12",
+        "pyarrow>=15",
         "h5py>=3.8",
         "scikit-learn>=1.3",
         "pydantic>=2.5",
@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "mamba": ["mamba-ssm>=2.2"],
+        "tensorboard": ["tensorboard>=2.14"],
         "plots": ["matplotlib>=3.7"],
         "hub": ["huggingface_hub>=0.23"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],

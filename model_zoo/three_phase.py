@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -15,11 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from model_zoo.batch import AnyBatch
+from model_zoo.errors import ConfigError
+from model_zoo.files import copy_whole
+from model_zoo.interrupts import held
 from model_zoo.layers.mos import MoS
 from model_zoo.layers.routers import ThemeRouter
 from model_zoo.layers.routing_usage import usage_report
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.theme_codebook import cosine_kmeans
+from model_zoo.resume import restore
 from model_zoo.sequential_ctr import SequentialCTR
 
 logger = logging.getLogger("model_zoo")
@@ -166,11 +169,14 @@ class ThreePhaseCTR(SequentialCTR):
         **kwargs: Any,
     ) -> None:
         """Run the phases; afterwards the final weights are loaded, and written as the model's checkpoint."""
-        final = self.final_checkpoint
         plan = self.phases(epochs)
-        for phase in plan:
-            if "experts" in phase.trains and phase is next(p for p in plan if "experts" in p.trains):
-                self.start_experts(data_generator)
+        state = self.resume_from
+        first = self._phase_to_resume(plan, state)
+        for number, phase in enumerate(plan[first:], start=first):
+            within = state is not None and state["stage"] != "start"
+            if not within:
+                self._begin_phase(number, phase, plan, data_generator)
+            state = None
             self.enter(phase)
             logger.info(
                 "%s: trains %s, fusion weights item %g window %g, learning rate %g, at most %d epoch(s)",
@@ -179,10 +185,33 @@ class ThreePhaseCTR(SequentialCTR):
             )  # fmt: skip
             self.checkpoint = self.phase_checkpoint(phase.name)
             super().fit(data_generator, phase.epochs, validation_data, max_gradient_norm)
-        shutil.copyfile(self.checkpoint, f"{final}.partial")
-        os.replace(f"{final}.partial", final)
-        self.checkpoint = final
+        copy_whole(self.checkpoint, self.final_checkpoint)
+        self.checkpoint = self.final_checkpoint
         self.mos.update_codebooks = False
+
+    @staticmethod
+    def _phase_to_resume(plan: list[Phase], state: dict[str, Any] | None) -> int:
+        """Place of the phase that a saved training was in."""
+        if state is None:
+            return 0
+        names = [phase.name for phase in plan]
+        if state["phase"] not in names:
+            raise ConfigError(
+                f"the saved training is in {state['phase']}, which this config does not have; start without --resume"
+            )
+        return names.index(state["phase"])
+
+    def _begin_phase(self, number: int, phase: Phase, plan: list[Phase], data_generator: Any) -> None:
+        """What comes before a phase's first step: its state is kept, experts and codebooks start if it is their first."""
+        self.phase_name = phase.name
+        if self.resume_from is not None:
+            restore(self, self.resume_from)
+            self.resume_from = None
+        elif self.saver is not None and number:
+            with held():
+                self.saver.write(self, "start")
+        if "experts" in phase.trains and phase is next(p for p in plan if "experts" in p.trains):
+            self.start_experts(data_generator)
 
     def start_experts(self, data_generator: Any) -> None:
         """Between phases 1 and 2: copy the global expert if asked, and start the codebooks by k-means."""

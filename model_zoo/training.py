@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model_zoo.batch import AnyBatch, Batch
+from model_zoo.collapse import evaluation_figures
 from model_zoo.compat import BaseModel, FeatureMap, get_loss, get_optimizer
 from model_zoo.errors import ConfigError
+from model_zoo.guards import StepStart, check_step, shield
+from model_zoo.interrupts import Stopped, held
 from model_zoo.pipeline.metrics import evaluate_metrics
 from model_zoo.regularization import Term, add_gradient, penalty, terms
+from model_zoo.resume import StateSaver, restore
 from model_zoo.sparse_optimizer import RowAdam, clip_gradients, one_batch_gradients, use_sparse_tables
 
 logger = logging.getLogger("model_zoo")
@@ -61,8 +67,14 @@ class TrainingLoop(BaseModel):
         self.learning_rate = learning_rate
         self._configured_eval_steps: int | None = params.get("eval_steps")
         self.history: list[dict[str, Any]] = []
+        self.seed: int | None = params.get("seed")
+        self._gradient_norm = 0.0
+        self._norm_sum, self._norm_max, self._norm_count = 0.0, 0.0, 0
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.phase_name = "train"
         self.epochs_trained = 0
+        self.saver: StateSaver | None = None
+        self.resume_from: dict[str, Any] | None = None
 
     # ---- labels, groups ----------------------------------------------------------------------------------------------
 
@@ -135,77 +147,129 @@ class TrainingLoop(BaseModel):
         max_gradient_norm: float = 10.0,
         **kwargs: Any,
     ) -> None:
-        """FuxiCTR's training loop, on a fresh evaluation schedule; the best checkpoint is loaded at the end.
+        """FuxiCTR's training, on a fresh evaluation schedule; the best checkpoint is loaded at the end.
+
+        If ``resume_from`` holds the state of such a training (`resume.capture`), it goes on from there, and ends with
+        the weights and metrics that it would have come to without the stop.
 
         Raises:
-            ConfigError: ``eval_steps`` is longer than the whole training.
+            ConfigError: ``eval_steps`` is longer than the whole training, or ``resume_from`` is another model's.
         """
-        self._eval_steps = self._configured_eval_steps
         steps = len(data_generator) * epochs
-        if self._eval_steps is not None and self._eval_steps > steps:
-            raise ConfigError(f"eval_steps ({self._eval_steps}) is longer than {self.phase_name}'s {steps} steps; lower it")
+        if self._configured_eval_steps is not None and self._configured_eval_steps > steps:
+            raise ConfigError(
+                f"eval_steps ({self._configured_eval_steps}) is longer than {self.phase_name}'s {steps} steps; lower it"
+            )
         os.makedirs(os.path.dirname(self.checkpoint), exist_ok=True)
-        super().fit(data_generator, epochs=epochs, validation_data=validation_data, max_gradient_norm=max_gradient_norm)
+        self.valid_gen = validation_data
+        self._max_gradient_norm = max_gradient_norm
+        self._eval_steps = self._configured_eval_steps or len(data_generator)
+        self._best_metric = np.inf if self._monitor_mode == "min" else -np.inf
+        self._stopping_steps, self._stop_training = 0, False
+        self._epoch_index, self._batch_index, self._batches_done, self._total_steps = 0, 0, 0, 0
+        self._loss_sum, self._loss_count, self._rows_trained, self._evaluation_due = 0.0, 0, 0, False
+        self._norm_sum, self._norm_max, self._norm_count, self._gradient_norm = 0.0, 0.0, 0, 0.0
+        self._epoch_start = time.perf_counter()
+        state, self.resume_from = self.resume_from, None
+        if state is not None:
+            restore(self, state)
+            if state["stage"] == "done":
+                return
+        while self._epoch_index < epochs and not self._stop_training:
+            self.train_epoch(data_generator)
+        self.load_weights(self.checkpoint)
 
     def train_step(self, batch_data: AnyBatch) -> Tensor:
         """Forward and backward of one batch; an optimizer step every ``accumulation_steps`` batches.
 
         Returns:
-            The batch's whole loss (a scalar, not divided), under ``sparse_embedding_updates`` with the regulariser of
-            the table rows that the batch touches.
+            The batch's whole loss (a scalar on the CPU, not divided), under ``sparse_embedding_updates`` with the
+            regulariser of the table rows that the batch touches.
 
         Raises:
-            ConfigError: a prediction is NaN or infinite.
+            NotFiniteError: a prediction, the loss or a gradient is NaN or infinite; nothing was changed then.
         """
+        start = StepStart.of(self)
         return_dict = self.forward(batch_data)
-        if not bool(torch.isfinite(return_dict["y_pred"].detach().sum())):
-            raise ConfigError(
-                f"{self.phase_name} epoch {self._epoch_index + 1}, batch {self._batch_index + 1}: a prediction is not a "
-                "finite number; training diverged: lower learning_rate"
-            )
+        predicted = shield(return_dict)
         loss = self.data_loss(return_dict, self.get_labels(batch_data))
         with one_batch_gradients(self.parameters()):
             if loss.requires_grad:  # not so if what trains has no part in this batch, as experts in one without histories
                 (loss / self.accumulation_steps).backward()
             regularizer = add_gradient(self._regularizer_terms(), 1 / self.accumulation_steps)
+        total, self._gradient_norm = check_step(self, batch_data, start, predicted, loss.detach() + regularizer)
         if (self._batch_index + 1) % self.accumulation_steps == 0:
             self._optimizer_step()
-        return loss.detach() + regularizer
+        return total
 
     def _optimizer_step(self) -> None:
-        clip_gradients([p for p in self.parameters() if p.requires_grad], self._max_gradient_norm)
+        if self._gradient_norm + 1e-6 > 0.999 * self._max_gradient_norm:  # else clipping would multiply by 1
+            clip_gradients([p for p in self.parameters() if p.requires_grad], self._max_gradient_norm)
+        self._norm_sum += self._gradient_norm
+        self._norm_max = max(self._norm_max, self._gradient_norm)
+        self._norm_count += 1
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def gradient_norms(self) -> dict[str, float]:
+        """``mean`` and ``max`` of the gradients' norm, before clipping, over the steps since the last evaluation."""
+        return {"mean": self._norm_sum / self._norm_count, "max": self._norm_max} if self._norm_count else {}
+
     def train_epoch(self, data_generator: Any) -> None:
-        """One pass over the training data with evaluations every ``eval_steps`` batches (default: at its end)."""
+        """One pass over the training data with evaluations every ``eval_steps`` batches (default: at its end).
+
+        What a step or an evaluation changes, it changes in a section that a signal cannot interrupt, so that the state
+        that is written after a signal is one between two steps.
+        """
         if hasattr(data_generator, "set_epoch"):
             data_generator.set_epoch(self.epochs_trained)
         self.train()
-        self._epoch_start, self._loss_sum, self._loss_count = time.perf_counter(), 0.0, 0
+        total = len(data_generator)
         progress = tqdm(
-            total=len(data_generator),
+            total=total,
+            initial=self._batches_done,
             desc=f"{self.phase_name} epoch {self._epoch_index + 1}",
             unit="batch",
             disable=not (self._verbose and sys.stderr.isatty()),
             leave=False,
         )
-        for self._batch_index, batch in enumerate(data_generator):
-            self._total_steps += 1
-            self._loss_sum += float(self.train_step(batch))
-            self._loss_count += 1
-            progress.update()
-            progress.set_postfix(loss=f"{self._loss_sum / self._loss_count:.4f}", refresh=False)
-            last = self._batch_index + 1 == len(data_generator)
-            if last and not self.longctr_compat:
-                self._flush_accumulation()
-            if self._total_steps % self._eval_steps == 0:
+        try:
+            if self._evaluation_due:
                 self.eval_step()
-                self._loss_sum, self._loss_count = 0.0, 0
-            if self._stop_training:
-                break
-        progress.close()
-        self.epochs_trained += 1
+            with closing(progress):
+                for batch in batches_from(data_generator, self._batches_done) if not self._stop_training else ():
+                    with held():
+                        self._train_on(batch, last=self._batches_done + 1 == total)
+                        if self.saver is not None:
+                            self.saver.after_step(self)
+                    progress.update()
+                    progress.set_postfix(loss=f"{self._loss_sum / self._loss_count:.4f}", refresh=False)
+                    if self._evaluation_due:
+                        self.eval_step()
+                    if self._stop_training:
+                        break
+            with held():
+                self.epochs_trained += 1
+                self._epoch_index += 1
+                self._batches_done = 0
+                self._loss_sum, self._loss_count, self._rows_trained = 0.0, 0, 0
+                self._epoch_start = time.perf_counter()
+        except Stopped:
+            if self.saver is not None:
+                self.saver.write(self)
+            raise
+
+    def _train_on(self, batch: AnyBatch, last: bool) -> None:
+        """One batch's step, and how far that brings the training."""
+        self._batch_index = self._batches_done
+        self._loss_sum += float(self.train_step(batch))
+        self._loss_count += 1
+        self._rows_trained += len(self.get_labels(batch))
+        if last and not self.longctr_compat:
+            self._flush_accumulation()
+        self._batches_done += 1
+        self._total_steps += 1
+        self._evaluation_due = self._total_steps % self._eval_steps == 0
 
     def _flush_accumulation(self) -> None:
         """Step with the epoch's last, incomplete accumulation group, its gradient scaled to that group's mean."""
@@ -214,12 +278,14 @@ class TrainingLoop(BaseModel):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.accumulation_steps / left)
+            self._gradient_norm *= self.accumulation_steps / left
             self._optimizer_step()
 
     def eval_step(self) -> None:
         """Validate, record the epoch, keep the best checkpoint, decide on early stopping."""
         seconds = time.perf_counter() - self._epoch_start
         scores = self.evaluate(self.valid_gen)
+        figures = evaluation_figures(self, self.valid_gen)
         record = {
             "phase": self.phase_name,
             "epoch": self._epoch_index + 1,
@@ -227,20 +293,26 @@ class TrainingLoop(BaseModel):
             "seconds": seconds,
             "eval_seconds": time.perf_counter() - self._epoch_start - seconds,
             "train_loss": self._loss_sum / max(self._loss_count, 1),
+            "rows_per_second": self._rows_trained / max(seconds, 1e-9),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "valid": scores,
+            **figures,
         }
-        self.history.append(record)
-        self.checkpoint_and_earlystop(scores)
-        record["best"] = self._stopping_steps == 0
+        with held():
+            self.history.append(record)
+            self.checkpoint_and_earlystop(scores)
+            record["best"] = self._stopping_steps == 0
+            self._loss_sum, self._loss_count, self._rows_trained, self._evaluation_due = 0.0, 0, 0, False
+            self._norm_sum, self._norm_max, self._norm_count = 0.0, 0.0, 0
+            self._epoch_start = time.perf_counter()
         shown = " ".join(f"{name} {value:.6f}" for name, value in scores.items())
         verdict = "best so far" if record["best"] else f"no gain ({self._stopping_steps} of {self._early_stop_patience})"
         logger.info(
             "%s epoch %d: loss %.6f, valid %s, %s, %.1f s + %.1f s evaluation",
-            self.phase_name, self._epoch_index + 1, record["train_loss"], shown, verdict, seconds,
-            record["eval_seconds"],
+            self.phase_name, record["epoch"], record["train_loss"], shown, verdict, seconds, record["eval_seconds"],
         )  # fmt: skip
-        self._epoch_start = time.perf_counter()
+        for listener in self.listeners:
+            listener(record)
         self.train()
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -278,3 +350,10 @@ class TrainingLoop(BaseModel):
     ) -> dict[str, float]:
         """Our exact metrics in place of FuxiCTR's; ``longctr_compat`` clips logloss at 1e-7 as FuxiCTR 2.3.2 does."""
         return evaluate_metrics(y_true, y_pred, metrics, group_id, 1e-7 if self.longctr_compat else None)
+
+
+def batches_from(data_generator: Any, number: int) -> Iterator[AnyBatch]:
+    """An epoch's batches from the given one on; a loader of ours does not make those before."""
+    if number and hasattr(data_generator, "iterate_from"):
+        return iter(data_generator.iterate_from(number))
+    return islice(iter(data_generator), number, None)

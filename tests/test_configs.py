@@ -115,13 +115,15 @@ def test_an_experiment_loads_and_its_model_predicts(expid: str) -> None:
 
 
 def test_experiments_are_called_after_their_models_heads_data_sets_and_budgets() -> None:
-    data_of = {**LONGCTR_DATA, "smoke": "kuairand_sample", "ebnerd_demo": "Ebnerd_demo"}
-    names = {dataset_id: name for name, dataset_id in data_of.items() if name != "smoke"}
+    kinds = ("smoke", "study")
+    data_of = {**LONGCTR_DATA, **dict.fromkeys(kinds, "kuairand_sample"), "ebnerd_demo": "Ebnerd_demo"}
+    names = {dataset_id: name for name, dataset_id in data_of.items() if name not in kinds}
     for expid in EXPERIMENTS:
         values = settings(expid)
         dot = "dot_" if values.get("head") == "dot" else ""
         budget = "_budget" if values.get("expert_budget") == "budget_matched" else ""
-        data = "smoke" if expid.endswith("_smoke") else names.get(values["dataset_id"], values["dataset_id"])
+        kind = expid.rpartition("_")[2]
+        data = kind if kind in kinds else names.get(values["dataset_id"], values["dataset_id"])
         assert expid == f"{values['model']}_{dot}{data}{budget}"
         assert values["dataset_id"] == data_of.get(data, data)
 

@@ -30,6 +30,7 @@ NOT_RUN = {
     r"python -m pytest.*": "is this test suite",
     r"(ruff|mypy|\.ci/run)\b.*": "is .ci/run's work",
     r"python data/download\.py \S+.*": "needs the network; tests/test_download.py",
+    r"python tests/kills\.py.*": "runs for minutes; tests/experiment/test_resume_cli.py has a sample",
     r"python data/build_kuairand_sample\.py.*": "needs KuaiRand's raw files; tests/test_kuairand_sample.py",
     r"python benchmark/\S+\.py.*": "measures for minutes",
 }
@@ -122,6 +123,9 @@ def run_command(command: str, place: str, sandbox: Path, cli: Cli) -> None:
         words.pop(0)
     if words[:2] == ["python", "run_expid.py"]:
         dry_run(words[2:], place, sandbox, cli)
+    elif words[:2] == ["python", "data/validate.py"]:
+        done = subprocess.run([sys.executable, *words[1:]], cwd=sandbox, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{place}: `{plain}` finds faults:\n{done.stdout}{done.stderr}"
     elif words[:2] == ["python", "data/synthetic.py"]:
         small = words[1:] if "--preset" in words or "--help" in words else [*words[1:], "--preset", "tiny"]
         done = subprocess.run([sys.executable, *small], cwd=sandbox, capture_output=True, text=True, timeout=300)

@@ -15,6 +15,7 @@ from torch import Tensor
 from model_zoo.batch import Batch
 from model_zoo.compat import seed_everything
 from model_zoo.errors import ConfigError
+from model_zoo.guards import NotFiniteError
 from model_zoo.pipeline.loader import longctr_batch
 
 # no BatchNorm, no dropout and plain gradient descent: a step is a linear function of the gradient
@@ -215,6 +216,7 @@ def test_the_record_holds_one_entry_per_evaluation(tmp_path: Path) -> None:
     model.fit(tiny_loader(), epochs=3, validation_data=tiny_loader("valid"))
     assert [record["epoch"] for record in model.history] == [1, 2, 3]
     keys = {"phase", "epoch", "step", "seconds", "eval_seconds", "train_loss", "learning_rate", "valid", "best"}
+    keys |= {"gradient_norm", "rows_per_second", "routing", "effective_rank", "warnings"}
     for record in model.history:
         assert set(record) == keys and record["phase"] == "train"
         assert record["seconds"] > 0 and record["eval_seconds"] >= 0
@@ -414,5 +416,5 @@ def test_a_diverged_training_stops_with_a_sentence(tmp_path: Path) -> None:
     model = small_model("TWIN", tmp_path)
     with torch.no_grad():
         model.head.dnn.mlp[0].weight.fill_(torch.nan)
-    with pytest.raises(ConfigError, match=r"train epoch 1, batch 1: a prediction is not a finite number.*learning_rate"):
+    with pytest.raises(NotFiniteError, match=r"train epoch 1, batch 1: a prediction is not a finite number.*learning_rate"):
         model.fit(tiny_loader("train", batch_size=8), epochs=1, validation_data=tiny_loader("train", batch_size=8))

@@ -8,8 +8,9 @@ from typing import Any
 
 from model_zoo.errors import DataError
 from model_zoo.experiment.config import Config
-from model_zoo.pipeline.columns import row_count
+from model_zoo.experiment.paths import PATH_KEYS
 from model_zoo.pipeline.dataset import CTRDataset
+from model_zoo.pipeline.parquet_files import row_count
 from model_zoo.registry import get_model
 from model_zoo.sequential_ctr import SequentialCTR
 
@@ -27,6 +28,14 @@ def announce(params: dict[str, Any], dataset: CTRDataset, model: SequentialCTR, 
         "data: rows %s; %s users, %s items, history mean %.0f, longest %d; loaded in %.1f s",
         rows, f"{len(lengths):,}", f"{dataset.num_items - 1:,}", lengths.mean(), lengths.max(), seconds,
     )  # fmt: skip
+
+
+def announce_resume(folder: str, place: dict[str, Any]) -> None:
+    """Where a stopped run goes on."""
+    at = {"start": f"the beginning of {place['phase']}", "done": "its scoring"}.get(
+        place["stage"], f"{place['phase']} epoch {place['epoch']}, after step {place['step']}"
+    )
+    logger.info("resumed at %s: %s", at, folder)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -115,7 +124,7 @@ def dry_run(config: Config, params: dict[str, Any], model: SequentialCTR) -> str
         lines.append(f"  {key.ljust(width)}  {value!s:<40} {config.origin.get(key, 'default')}")
     lines.append("parameters: " + ", ".join(f"{name} {count:,}" for name, count in model.parameter_counts().items()))
     missing = []
-    for key in ("train_data", "valid_data", "test_data", "user_info", "item_info"):
+    for key in PATH_KEYS:
         path = params.get(key)
         if not path:
             continue

@@ -6,42 +6,45 @@ import logging
 import os
 import sys
 import time
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from model_zoo.allocator import keep_freed_memory
-from model_zoo.compat import get_activation, get_regularizer, seed_everything
+from model_zoo.collapse import routing_report
+from model_zoo.compat import seed_everything
+from model_zoo.determinism import deterministic_errors, use_deterministic_kernels
 from model_zoo.errors import ConfigError, DataError, UserError
 from model_zoo.experiment import record, report
 from model_zoo.experiment.config import Config
-from model_zoo.layers.routing_usage import mean_routing_stats
-from model_zoo.layers.shared_expert_moe import SharedExpertMoE
+from model_zoo.experiment.paths import resolve_paths
+from model_zoo.experiment.trackers import Trackers
+from model_zoo.experiment.unfinished import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    RECORD_FILE,
+    STATE_FILE,
+    Run,
+    identity,
+    newest_run,
+    saved_state,
+)
+from model_zoo.files import locked
+from model_zoo.interrupts import Stopped, held
 from model_zoo.pipeline.baselines import popularity_baselines
-from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset, with_extension
+from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
 from model_zoo.pipeline.loader import SequenceLoader
 from model_zoo.pipeline.pretrained_vectors import load_pretrained
 from model_zoo.pipeline.resident import ResidentHistories, ResidentLoader, resident_splits
-from model_zoo.registry import get_model, model_keys
+from model_zoo.registry import get_model
+from model_zoo.resume import StateSaver
 from model_zoo.sequential_ctr import SequentialCTR
 from model_zoo.three_phase import ThreePhaseCTR
 
 logger = logging.getLogger("model_zoo")
-
-PATH_KEYS = ("train_data", "valid_data", "test_data", "user_info", "item_info")
-
-
-def resolve_paths(params: dict[str, Any], root: str) -> None:
-    """Make the data paths absolute: relative to the working directory if the file is there, else to the repository."""
-    for key in PATH_KEYS:
-        path = params.get(key)
-        if path:
-            here, there = (with_extension(os.path.normpath(os.path.join(base, path))) for base in (os.getcwd(), root))
-            params[key] = here if os.path.exists(here) else there
-    for key, default in (("model_root", "checkpoints"), ("data_root", "data")):
-        params[key] = os.path.normpath(os.path.join(root, params.get(key) or default))
 
 
 def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | None) -> SequentialCTR:
@@ -50,7 +53,6 @@ def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | 
     Raises:
         ConfigError: a value that the model's constructor refuses.
     """
-    check_names(params)
     pretrained = load_pretrained(feature_map, params["embedding_dim"])
     items = dataset.item_features() if dataset else None
     try:
@@ -59,34 +61,6 @@ def build_model(params: dict[str, Any], feature_map: Any, dataset: CTRDataset | 
         raise
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{params['model_id']}: {error}") from None
-
-
-def check_names(params: dict[str, Any]) -> None:
-    """Refuse names that FuxiCTR would look up in vain, some of them only at the first training step.
-
-    Raises:
-        ConfigError: an activation that ``torch.nn`` lacks, or a regulariser that is none.
-    """
-    for key in model_keys(params["model"]):
-        if not key.endswith(("activation", "activations")) or params.get(key) is None:
-            continue
-        for name in params[key] if isinstance(params[key], list) else [params[key]]:
-            try:
-                get_activation(name, 1)
-            except (AttributeError, NotImplementedError):
-                raise ConfigError(f"{key}: {name!r}: write relu, or the name of a layer in torch.nn") from None
-    for units, *lists in (("dnn_hidden_units", "dnn_activations", "net_dropout"),
-                          ("dcn_hidden_units", "hidden_activations", "net_dropout"),
-                          ("mlp1_hidden_units", "mlp1_hidden_activations", "mlp1_dropout"),
-                          ("mlp2_hidden_units", "mlp2_hidden_activations", "mlp2_dropout")):  # fmt: skip
-        for key in lists:
-            if params.get(units) and isinstance(params.get(key), list) and len(params[key]) != len(params[units]):
-                raise ConfigError(f"{key} has {len(params[key])} entries for the {len(params[units])} layers of {units}")
-    for key in ("embedding_regularizer", "net_regularizer"):
-        try:
-            get_regularizer(params.get(key) or None)
-        except (NotImplementedError, ValueError):
-            raise ConfigError(f"{key}: {params[key]!r}: write a number, l1(x), l2(x) or l1_l2(x,y)") from None
 
 
 def check_device(gpu: int) -> None:
@@ -99,12 +73,25 @@ def check_device(gpu: int) -> None:
         raise ConfigError(f"--gpu {gpu}: there are {torch.cuda.device_count()} CUDA device(s), numbered from 0")
 
 
-def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> dict[str, Any]:
-    """Train and score; returns what ``metrics.json`` holds."""
+def run(
+    config: Config, params: dict[str, Any], root: str, config_dir: str, resume: Run | bool = False
+) -> dict[str, Any]:
+    """Train and score; returns what ``metrics.json`` holds.
+
+    Args:
+        resume: go on with this run, or with the newest one of the experiment and seed if there is one.
+    """
     started = time.perf_counter()
     keep_freed_memory()
     check_device(params["gpu"])
+    if params["deterministic"]:
+        logger.info(use_deterministic_kernels(_device(params)))
     resolve_paths(params, root)
+    earlier = resume if isinstance(resume, Run) else newest_run(params, config.expid) if resume else None
+    table = os.path.join(params["model_root"], f"{os.path.basename(os.path.normpath(config_dir))}.csv")
+    if earlier is not None and (result := earlier.record()) is not None:
+        logger.info("%s: finished already; leave out --resume to run the experiment again", earlier.folder)
+        return finish(earlier.folder, result, table)
     seed_everything(params["seed"])
     feature_map = build_feature_map(params)
     dataset = load_dataset(feature_map, params)
@@ -113,44 +100,82 @@ def run(config: Config, params: dict[str, Any], root: str, config_dir: str) -> d
     model = build_model(params, feature_map, dataset)
     loaders = make_loaders(dataset, params)
     check_eval_steps(model, len(loaders["train"]), params)
-    folder = record.new_run_folder(params["model_root"], params["dataset_id"], params["model_id"], params["seed"])
-    handler = _log_to(os.path.join(folder, "run.log"))
-    try:
-        record.write_yaml(os.path.join(folder, "config.yaml"), {config.expid: params})
+    if earlier is not None:
+        folder = earlier.folder
+    else:
+        folder = record.new_run_folder(params["model_root"], params["dataset_id"], params["model_id"], params["seed"])
+        record.write_yaml(os.path.join(folder, CONFIG_FILE), {config.expid: params})
+    with locked(os.path.join(folder, LOCK_FILE), wait=False), _logged(os.path.join(folder, "run.log")):
         model.place_checkpoints(folder)
         report.announce(params, dataset, model, time.perf_counter() - started)
-        seed_everything(params["seed"])
-        fit_started = time.perf_counter()
-        model.fit(
-            loaders["train"],
-            epochs=params["epochs"],
-            validation_data=loaders["valid"],
-            max_gradient_norm=params["max_gradient_norm"],
-        )
-        fit_seconds = time.perf_counter() - fit_started
-        result = score(model, dataset, loaders, params)
+        interval = params["checkpoint_minutes"], params["checkpoint_steps"]
+        model.saver = saver = StateSaver(os.path.join(folder, STATE_FILE), identity(fingerprint), *interval)
+        if earlier is not None and (state := saved_state(earlier, saver.identity)) is not None:
+            model.resume_from = state
+            saver.go_on_from(state)
+            report.announce_resume(folder, saver.resumes[-1])
+        try:
+            with deterministic_errors() if params["deterministic"] else nullcontext():
+                result = train_and_score(model, dataset, loaders, params, folder, config.expid)
+        except Stopped as stop:
+            logger.warning("stopped by %s; go on with: python run_expid.py --resume %s", stop.signal.name, folder)
+            raise
         result |= {
             "expid": config.expid,
             "dataset_id": params["dataset_id"],
             "model": params["model"],
             "seed": params["seed"],
             "config": params,
+            "command": " ".join(sys.argv),
+            "finished": time.strftime("%Y%m%d-%H%M%S"),
             "history": model.history,
             "parameters": model.parameter_counts(),
             "data_fingerprint": fingerprint,
-            "seconds": {"fit": fit_seconds, "total": time.perf_counter() - started},
+            "resumes": saver.resumes,
             "peak_memory": record.peak_memory(),
             "checkpoint": os.path.basename(model.checkpoint),
             **record.environment(root),
         }
-        record.write_json(os.path.join(folder, "metrics.json"), result)
-        table = os.path.join(params["model_root"], f"{os.path.basename(os.path.normpath(config_dir))}.csv")
-        record.append_result(table, " ".join(sys.argv), config.expid, params["dataset_id"], result["scores"]["final"])
-        report.summary(result, folder, table)
-        return result
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        result["seconds"]["total"] = time.perf_counter() - started + saver.seconds_before
+        with held():
+            record.write_json(os.path.join(folder, RECORD_FILE), result)
+            return finish(folder, result, table)
+
+
+def train_and_score(
+    model: SequentialCTR, dataset: CTRDataset, loaders: dict[str, SequenceLoader], params: dict[str, Any], folder: str,
+    expid: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The training, watched by the run's trackers, and the final model's scores; with the seconds of the first."""
+    assert model.saver is not None
+    with Trackers(params["trackers"], folder, expid, model.history) as trackers:
+        trackers.start(params)
+        model.listeners.append(trackers)
+        seed_everything(params["seed"])
+        model.fit(
+            loaders["train"],
+            epochs=params["epochs"],
+            validation_data=loaders["valid"],
+            max_gradient_norm=params["max_gradient_norm"],
+        )
+        seconds = {"fit": model.saver.seconds}
+        model.saver.write(model, "done")
+        result = score(model, dataset, loaders, params)
+        trackers.finish(result["scores"]["final"])
+    return {**result, "seconds": seconds}
+
+
+def finish(folder: str, result: dict[str, Any], table: str) -> dict[str, Any]:
+    """What follows a run's record, and may be repeated: its line in the results table, its training state gone."""
+    final = result["scores"]["final"]
+    record.append_result(
+        table, result["command"], result["expid"], result["dataset_id"], final, when=result["finished"]
+    )
+    state = os.path.join(folder, STATE_FILE)
+    if os.path.exists(state):
+        os.remove(state)
+    report.summary(result, folder, table)
+    return result
 
 
 def check_eval_steps(model: SequentialCTR, batches: int, params: dict[str, Any]) -> None:
@@ -163,7 +188,10 @@ def check_eval_steps(model: SequentialCTR, batches: int, params: dict[str, Any])
     plan = [phase.epochs for phase in model.phases(epochs)] if isinstance(model, ThreePhaseCTR) else [epochs]
     steps = min(plan) * batches
     if (params.get("eval_steps") or 0) > steps:
-        raise ConfigError(f"eval_steps: {params['eval_steps']}: must be at most {steps}, the steps of the shortest phase")
+        raise ConfigError(
+            f"eval_steps: {params['eval_steps']}: must be at most {steps}, the steps of the shortest phase; lower it, or "
+            "leave it out for one evaluation an epoch"
+        )
 
 
 def make_loaders(dataset: CTRDataset, params: dict[str, Any]) -> dict[str, SequenceLoader]:
@@ -175,7 +203,7 @@ def make_loaders(dataset: CTRDataset, params: dict[str, Any]) -> dict[str, Seque
     """
     if params.get("batch_norm") and min(params["batch_size"], len(dataset.splits["train"])) < 2:
         raise DataError(f"{dataset.splits['train'].path}: batch_norm needs at least two rows a batch")
-    device = torch.device("cuda", params["gpu"]) if params["gpu"] >= 0 else torch.device("cpu")
+    device = _device(params)
     resident = resident_splits(dataset, device, params["data_on_device"])
     histories = ResidentHistories.of(dataset.histories, device) if resident else None
 
@@ -208,22 +236,22 @@ def score(
     return {"scores": scores, **result}
 
 
-@torch.no_grad()
-def routing_report(model: SequentialCTR, batches: SequenceLoader, max_batches: int = 16) -> dict[str, Any]:
-    """How a rival method's routers, in evaluation, treat the first batches of a split; empty without such a router."""
-    layers = [layer for layer in model.method_layers() if isinstance(layer, SharedExpertMoE)]
-    if not layers:
-        return {}
-    model.eval()
-    return mean_routing_stats(layers[0].routing_stats(model._read(batch)[2]) for batch in islice(batches, max_batches))
+def _device(params: dict[str, Any]) -> torch.device:
+    return torch.device("cuda", params["gpu"]) if params["gpu"] >= 0 else torch.device("cpu")
 
 
 def _monitored(monitor: str | dict[str, float]) -> list[str]:
     return [monitor] if isinstance(monitor, str) else list(monitor)
 
 
-def _log_to(path: str) -> logging.Handler:
+@contextmanager
+def _logged(path: str) -> Iterator[None]:
+    """Inside, everything logged goes to the run's own file, too."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
-    return handler
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

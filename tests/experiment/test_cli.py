@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from model_zoo.checkpoint import read_weights
+
 Command = Callable[..., Any]
 
 
@@ -104,11 +106,11 @@ SETTINGS = {
     "epochs": "--set epochs: write it as key=value",
     "dataset_id=tinny": "dataset_id 'tinny' is not in",
     "model=TWINN": "no model 'TWINN'; nearest: TWIN",
-    "optimizer=adamm": "optimizer=adamm is not supported",
-    "loss=entropy": "loss=entropy is not supported",
+    "optimizer=adamm": "optimizer: 'adamm': not one of adam, ",
+    "loss=entropy": "loss: 'entropy': not one of binary_crossentropy, ",
     "dnn_activations=rulu": "dnn_activations: 'rulu': write relu, or the name of a layer in torch.nn",
     "embedding_regularizer=strong": "embedding_regularizer: 'strong': write a number, l1(x), l2(x) or l1_l2(x,y)",
-    "attention_dropout=2": "attention_dropout: 2: must be at most 1",
+    "attention_dropout=2": "attention_dropout: 2: must be at least 0 and below 1",
     "num_heads=3": "attention_dim (16) must be a multiple of num_heads (3)",
     "eval_steps=1000": "eval_steps: 1000: must be at most 6, the steps of the shortest phase",
     "group_id=sesion": "train.parquet: no column 'sesion'; it has user_index",
@@ -233,7 +235,7 @@ def test_a_run_leaves_its_files_and_no_others(finished: Any) -> None:
     _, folder, _ = finished
     assert re.fullmatch(r"\d{8}-\d{6}-seed7", folder.name)
     checkpoints = [f"MoS_TWIN_tiny.{phase}.model" for phase in ("phase1", "phase2", "phase3")]
-    expected = ["MoS_TWIN_tiny.model", *checkpoints, "config.yaml", "metrics.json", "run.log"]
+    expected = ["MoS_TWIN_tiny.model", *checkpoints, "config.yaml", "metrics.csv", "metrics.json", "run.lock", "run.log"]
     assert sorted(path.name for path in folder.iterdir()) == expected
     runs = folder.parents[2]
     assert sorted(path.name for path in runs.iterdir()) == ["config_of_mine.csv", "tiny"]
@@ -314,7 +316,7 @@ def test_the_results_table_has_longctrs_line(finished: Any) -> None:
 def test_the_checkpoints_are_whole_and_the_final_one_is_phase_3s(finished: Any) -> None:
     _, folder, _ = finished
     states = {
-        name: torch.load(folder / f"MoS_TWIN_tiny{name}.model", weights_only=True)
+        name: read_weights(folder / f"MoS_TWIN_tiny{name}.model").state
         for name in ("", ".phase1", ".phase2", ".phase3")
     }
     assert all(torch.equal(states[""][key], value) for key, value in states[".phase3"].items())
