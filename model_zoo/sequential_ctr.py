@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.batch import MEAN_ROWS, AnyBatch, Batch, ItemFeatures, neighbours_histories
+from model_zoo.batch import MEAN_ROWS, AnyBatch, Batch, ItemFeatures
 from model_zoo.checkpoint import read_weights, write_weights
 from model_zoo.compat import FeatureMap
 from model_zoo.embedding import Pretrained, build_embedding
@@ -21,6 +21,8 @@ from model_zoo.layers.dropout import use_fast_dropout
 from model_zoo.layers.heads import HeadInputs, HeadShape, Loss
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.sequence import Sequence, SharedSequence, distinct_items
+from model_zoo.layers.session_windows import timed
+from model_zoo.layers.windows import CATEGORY
 from model_zoo.scoring import score
 from model_zoo.training import TrainingLoop
 
@@ -60,6 +62,8 @@ class SequentialCTR(TrainingLoop):
     backbone: ClassVar[Backbone]
     method: ClassVar[Method | None] = None
     score = score
+    #: the item feature that the block reads as each item's category
+    category_feature: str | None = None
 
     def __init__(
         self,
@@ -175,12 +179,14 @@ class SequentialCTR(TrainingLoop):
             if self.item_features is None:
                 raise DataError(f"{type(self).__name__}: a batch of item indices needs the item table (item_features=)")
             batch = inputs.to(self.device)
+            if share:
+                batch = batch.sharing_neighbours()
             history, owner = batch.history, batch.owner
-            if share and owner is None:
-                history, owner = neighbours_histories(history) or (history, None)
             rows, place = distinct_items(torch.cat([history.flatten(), batch.target]), self.item_features.num_items)
-            items = self.embedding_layer(self.item_features.rows(rows), flatten_emb=True)
-            read = Sequence(items, place[: history.numel()].view(history.shape), history > 0)
+            features = self.item_features.rows(rows)
+            items = self.embedding_layer(features, flatten_emb=True)
+            read = Sequence(items, place[: history.numel()].view(history.shape), history > 0, memo=self._memo(features))
+            read = timed(read, batch.history_time)
             # F.embedding, not items[...], whose backward adds in any order on CPU threads: runs would not repeat
             target = F.embedding(place[history.numel() :], items)
             if owner is None:
@@ -190,11 +196,16 @@ class SequentialCTR(TrainingLoop):
             return batch.context, target, shared if stays else shared.expanded()
         columns, item_columns, float_mask = inputs
         context = {n: c.to(self.device) for n, c in columns.items() if n in self.context_names}
-        items = self.embedding_layer({n: c.to(self.device) for n, c in item_columns.items()}, flatten_emb=True)
+        features = {n: c.to(self.device) for n, c in item_columns.items()}
+        items = self.embedding_layer(features, flatten_emb=True)
         mask = float_mask.to(self.device) > 0
         place = torch.arange(items.shape[0], device=self.device).view(mask.shape[0], -1)
-        sequence = Sequence(items, place[:, :-1], mask)
+        sequence = Sequence(items, place[:, :-1], mask, memo=self._memo(features))
         return context, F.embedding(place[:, -1], items), sequence if self.longctr_compat else sequence.right_aligned()
+
+    def _memo(self, features: dict[str, Tensor]) -> dict[str, Any]:
+        """What a sequence carries of its items' features beside their vectors."""
+        return {} if self.category_feature is None else {CATEGORY: features[self.category_feature].long()}
 
     @property
     def context_names(self) -> list[str]:

@@ -22,6 +22,7 @@ from model_zoo.layers.routers import ThemeRouter
 from model_zoo.layers.routing_usage import usage_report
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.theme_codebook import cosine_kmeans
+from model_zoo.layers.windows import CATEGORY
 from model_zoo.resume import restore
 from model_zoo.sequential_ctr import SequentialCTR
 
@@ -108,12 +109,25 @@ class ThreePhaseCTR(SequentialCTR):
         self.kmeans_data = kmeans_data
         self.kmeans_space = kmeans_space
         self.expert_init = expert_init
+        if self.mos.taxonomy_feature is not None:
+            self._use_taxonomy(self.mos.taxonomy_feature)
         self._always_frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
 
     @property
     def mos(self) -> MoS:
         """The MoS layer."""
         return self.method_layers()[0]
+
+    def _use_taxonomy(self, name: str) -> None:
+        """Read categories from an item feature."""
+        specs = self.feature_map.features.items()
+        known = [key for key, spec in specs if spec["type"] == "categorical" and spec.get("source") == "item"]
+        if name not in known:
+            raise ConfigError(f"taxonomy_feature: {name}: no categorical item feature; choose from {', '.join(known)}")
+        if self.kmeans_tokens == 0 or self.kmeans_data != "occurrences" or self.kmeans_space != "hidden":
+            raise ConfigError("taxonomy_feature needs kmeans_tokens above 0, kmeans_data occurrences, kmeans_space hidden")
+        self.category_feature = name
+        self.mos.use_taxonomy(self.feature_map.features[name]["vocab_size"])
 
     def phases(self, epochs: int) -> list[Phase]:
         """The phases of a training of at most ``epochs`` per phase; only the first if there are no experts."""
@@ -183,11 +197,15 @@ class ThreePhaseCTR(SequentialCTR):
                 phase.name, " and ".join(phase.trains), self.mos.alpha_item, self.mos.alpha_window,
                 phase.learning_rate, phase.epochs,
             )  # fmt: skip
-            self.checkpoint = self.phase_checkpoint(phase.name)
-            super().fit(data_generator, phase.epochs, validation_data, max_gradient_norm)
+            self.fit_phase(phase, data_generator, validation_data, max_gradient_norm)
         copy_whole(self.checkpoint, self.final_checkpoint)
         self.checkpoint = self.final_checkpoint
         self.mos.update_codebooks = False
+
+    def fit_phase(self, phase: Phase, data_generator: Any, validation_data: Any, max_gradient_norm: float) -> None:
+        """Train a phase that was entered; afterwards its best weights are loaded."""
+        self.checkpoint = self.phase_checkpoint(phase.name)
+        super().fit(data_generator, phase.epochs, validation_data, max_gradient_norm)
 
     @staticmethod
     def _phase_to_resume(plan: list[Phase], state: dict[str, Any] | None) -> int:
@@ -224,7 +242,7 @@ class ThreePhaseCTR(SequentialCTR):
         if self.kmeans_tokens == 0:
             return
         started = time.perf_counter()
-        for name, router, tokens in self._sample_tokens(data_generator):
+        for name, router, tokens, category in self._sample_tokens(data_generator):
             if len(tokens) == 0:
                 logger.warning("the %s codebook keeps its random start: no training row gives its router a token", name)
                 continue
@@ -233,21 +251,36 @@ class ThreePhaseCTR(SequentialCTR):
             with torch.no_grad():
                 if self.kmeans_space == "hidden":
                     points = router.encode(points)
-                centroids, sizes = cosine_kmeans(points, weight, router.codebook.num_themes, self.kmeans_seed)
-                if self.kmeans_space == "input":
-                    centroids = router.encode(centroids)
-            router.codebook.start_from(centroids, sizes)
+                if router.taxonomy is not None and mos.codebook_init == "taxonomy":
+                    how = f"categories ({self.category_feature}) as the start"
+                    sizes = router.taxonomy.start(router.codebook, points, weight, category, self.kmeans_seed)
+                    if len(sizes) == 0:
+                        logger.warning("the %s codebook keeps its random start: no token has a category", name)
+                        continue
+                else:
+                    how = "k-means"
+                    centroids, sizes = cosine_kmeans(points, weight, router.codebook.num_themes, self.kmeans_seed)
+                    if self.kmeans_space == "input":
+                        centroids = router.encode(centroids)
+                    router.codebook.start_from(centroids, sizes)
+                    if router.taxonomy is not None:
+                        router.taxonomy.follow(router.codebook, points, weight, category)
             shares = ", ".join(f"{share:.2f}" for share in (sizes / sizes.sum()).tolist())
-            logger.info("k-means of the %s codebook: %d tokens, shares %s", name, int(weight.sum()), shares)
+            logger.info("%s of the %s codebook: %d tokens, shares %s", how, name, int(weight.sum()), shares)
         logger.info("codebooks started in %.1f s", time.perf_counter() - started)
 
     @torch.no_grad()
-    def _sample_tokens(self, batches: Any) -> list[tuple[str, ThemeRouter, Tensor]]:
-        """About ``kmeans_tokens`` router inputs per router, drawn by occurrence from training batches, in a fixed order."""
+    def _sample_tokens(self, batches: Any) -> list[tuple[str, ThemeRouter, Tensor, Tensor]]:
+        """About ``kmeans_tokens`` router inputs per router, drawn by occurrence from training batches, in a fixed order.
+
+        Returns:
+            Of each router its name, tokens ``[N, input_dim]`` and their categories ``[N]`` (``[0]`` without a taxonomy).
+        """
         mos = self.mos
         generator = torch.Generator().manual_seed(self.kmeans_seed)
         wanted = [(n, r) for n, r in (("item", mos.item_router), ("window", mos.window_router)) if r is not None]
         drawn: dict[str, list[Tensor]] = {name: [] for name, _ in wanted}
+        kinds: dict[str, list[Tensor]] = {name: [] for name, _ in wanted}
         count = {name: 0 for name, _ in wanted}
         quota = max(self.kmeans_tokens // max(min(len(batches), 16), 1), 1)
         if hasattr(batches, "set_epoch"):
@@ -260,12 +293,24 @@ class ThreePhaseCTR(SequentialCTR):
                     continue
                 index = tokens.index[tokens.mask]
                 take = torch.randperm(len(index), generator=generator)[: min(quota, self.kmeans_tokens - count[name])]
-                drawn[name].append(tokens.items[index[take.to(index.device)]].float().cpu())
+                rows = index[take.to(index.device)]
+                drawn[name].append(tokens.items[rows].float().cpu())
+                if CATEGORY in tokens.memo:
+                    kinds[name].append(tokens.memo[CATEGORY][rows].cpu())
                 count[name] += len(take)
             if min(count.values()) >= self.kmeans_tokens:
                 break
         self.train(was_training)
-        return [(name, router, torch.cat(drawn[name] or [torch.empty(0)]).to(self.device)) for name, router in wanted]
+        none = torch.empty(0)
+        return [
+            (
+                name,
+                router,
+                torch.cat(drawn[name] or [none]).to(self.device),
+                torch.cat(kinds[name] or [none.long()]).to(self.device),
+            )
+            for name, router in wanted
+        ]
 
     def router_tokens(self, batch: AnyBatch) -> dict[str, Sequence]:
         """Each router's input sequence for a batch: ``item``, ``window``."""

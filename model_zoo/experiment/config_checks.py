@@ -80,6 +80,20 @@ def lookup_faults(values: dict[str, Any]) -> Iterator[Fault]:
             yield Fault((key,), f"{key}: {shown(name)}: not one of {', '.join(known)}{nearest(name, known)}")
     yield from (Fault(("trackers",), f"trackers: {text}") for text in tracker_faults(values["trackers"]))
     yield from metric_faults(values)
+    yield from category_and_time_faults(values)
+
+
+def category_and_time_faults(values: dict[str, Any]) -> Iterator[Fault]:
+    """Sessions without times; a category that is no item feature."""
+    if values.get("windows") == "session" and not values.get("time_col"):
+        yield Fault(("windows",), "windows: session needs the times of events; name their list column of user_info.parquet "
+                                  "(seconds) with time_col in the dataset config, or set windows: fixed")  # fmt: skip
+    name = values.get("category_col")
+    columns = [entry for entry in values.get("feature_cols") or [] if entry.get("source") == "item"]
+    known = [entry["name"] for entry in columns if entry.get("type") == "categorical" and entry.get("active", True)]
+    if name and name not in known:
+        fix = f"choose from {', '.join(map(str, known))}" if known else "take it out"
+        yield Fault(("category_col",), f"category_col: {name}: no categorical item feature; {fix}")
 
 
 def metric_faults(values: dict[str, Any]) -> Iterator[Fault]:

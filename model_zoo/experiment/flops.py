@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from model_zoo.experiment.flops_counter import FlopCounter, Flops
 from model_zoo.layers.blocks import call_block
 from model_zoo.layers.heads import HeadInputs, Loss
 from model_zoo.layers.routers import Routing
-from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.windows import CATEGORY
 from model_zoo.sequential_ctr import SequentialCTR
 
 
@@ -64,7 +64,8 @@ def _count(model: SequentialCTR, batch: AnyBatch, backward: bool) -> tuple[Flops
     given = [target, sequence.items] + ([] if embedded is None else [embedded])
     leaves = [tensor.detach().requires_grad_(backward and tensor.requires_grad) for tensor in given]
     query, items, *embedded_leaf = leaves
-    sequence = Sequence(items, sequence.index, sequence.mask)
+    kept = {name: sequence.memo[name] for name in (CATEGORY,) if name in sequence.memo}
+    sequence = replace(sequence, items=items, memo=kept)
     losses: list[Loss] = []
     with FlopCounter() as block:
         interest = call_block(model.block, query, sequence, losses)

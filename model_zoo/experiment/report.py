@@ -8,7 +8,9 @@ from typing import Any
 
 from model_zoo.errors import DataError
 from model_zoo.experiment.config import Config
+from model_zoo.experiment.exposure import exposure_rows
 from model_zoo.experiment.paths import PATH_KEYS
+from model_zoo.experiment.slices import slice_rows
 from model_zoo.pipeline.dataset import CTRDataset
 from model_zoo.pipeline.parquet_files import row_count
 from model_zoo.registry import get_model
@@ -84,6 +86,15 @@ def summary(result: dict[str, Any], folder: str, results_table: str) -> None:
             f"unread; {routing['fallback_rate']:.1%} of rows left to the shared expert; "
             f"{routing['experts_per_row']:.2f} experts a row"
         )
+    if slices := result.get("slices"):
+        text.append(f"by parts of {splits[-1]}; {slices['definitions']['sessions']}")
+        text.append(table(*slice_rows(slices, splits[-1])))
+    if exposure := result.get("exposure"):
+        text.append(
+            f"what themes are read for, by {exposure['by']}: the {exposure['head']} most frequent of "
+            f"{exposure['categories']} are the head, which holds half of the history tokens"
+        )
+        text.append(table(*exposure_rows(exposure)))
     text.append(
         f"{result['seconds']['total']:.0f} s in all, peak memory {result['peak_memory']['resident_mib']:.0f} MiB\n"
         f"run folder: {folder}\nresults:    {results_table}"

@@ -19,11 +19,15 @@ from model_zoo.determinism import deterministic_errors, use_deterministic_kernel
 from model_zoo.errors import ConfigError, DataError, UserError
 from model_zoo.experiment import record, report
 from model_zoo.experiment.config import Config
+from model_zoo.experiment.exposure import exposure
 from model_zoo.experiment.paths import resolve_paths
+from model_zoo.experiment.record_flops import count_flops
+from model_zoo.experiment.slices import Slicer
 from model_zoo.experiment.trackers import Trackers
 from model_zoo.experiment.unfinished import (
     CONFIG_FILE,
     LOCK_FILE,
+    LOG_FILE,
     RECORD_FILE,
     STATE_FILE,
     Run,
@@ -105,7 +109,7 @@ def run(
     else:
         folder = record.new_run_folder(params["model_root"], params["dataset_id"], params["model_id"], params["seed"])
         record.write_yaml(os.path.join(folder, CONFIG_FILE), {config.expid: params})
-    with locked(os.path.join(folder, LOCK_FILE), wait=False), _logged(os.path.join(folder, "run.log")):
+    with locked(os.path.join(folder, LOCK_FILE), wait=False), _logged(os.path.join(folder, LOG_FILE)):
         model.place_checkpoints(folder)
         report.announce(params, dataset, model, time.perf_counter() - started)
         interval = params["checkpoint_minutes"], params["checkpoint_steps"]
@@ -134,6 +138,10 @@ def run(
             "resumes": saver.resumes,
             "peak_memory": record.peak_memory(),
             "checkpoint": os.path.basename(model.checkpoint),
+            "format": record.FORMAT_VERSION,
+            "log": LOG_FILE,
+            "model_config": model.config,
+            "flops": count_flops(model, dataset, params["max_len"]),
             **record.environment(root),
         }
         result["seconds"]["total"] = time.perf_counter() - started + saver.seconds_before
@@ -222,18 +230,31 @@ def score(
 ) -> dict[str, Any]:
     """Scores of the final model and of phase 1's backbone, of popularity, and how the routers spread tokens."""
     splits = [name for name in ("valid", "test") if name in loaders]
-    scores = {"final": {name: model.evaluate(loaders[name]) for name in splits}}
+    slicer = Slicer.of(dataset, params.get("category_col"))
+    metrics = list(dict.fromkeys([*params["metrics"], *_monitored(params["monitor"])]))
+    scores: dict[str, Any] = {}
+    slices: dict[str, Any] = {"definitions": slicer.definitions}
+
+    def evaluate(name: str) -> None:
+        scores[name], slices[name] = {}, {}
+        for split in splits:
+            prediction, label, group = model.predict_split(loaders[split])
+            scores[name][split] = model.evaluate_metrics(label, prediction, metrics, group)
+            slices[name][split] = slicer.scores(split, prediction, label, group)
+
+    evaluate("final")
     result: dict[str, Any] = {
         "baselines": {name: popularity_baselines(dataset, name, params["metrics"]) for name in splits}
     }
     if isinstance(model, ThreePhaseCTR) and model.expert_modules():
         result["codebook_usage"] = model.codebook_usage(loaders["valid"])
+        result["exposure"] = exposure(model, loaders[splits[-1]], dataset, slicer.category)
         model.load_weights(model.phase_checkpoint("phase1"))
-        scores["phase1"] = {name: model.evaluate(loaders[name]) for name in splits}
+        evaluate("phase1")
         model.load_weights(model.final_checkpoint)
     elif routing := routing_report(model, loaders["valid"]):
         result["routing"] = routing
-    return {"scores": scores, **result}
+    return {"scores": scores, "slices": slices, **result}
 
 
 def _device(params: dict[str, Any]) -> torch.device:

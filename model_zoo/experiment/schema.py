@@ -54,6 +54,8 @@ DATA_KEYS: dict[str, Any] = {
     "valid_data": str,
     "test_data": str | None,
     "user_info": str,
+    "time_col": str | None,
+    "category_col": str | None,
     "item_info": str,
     "feature_cols": list[dict[str, Any]],
     "label_col": dict[str, Any] | list[dict[str, Any]],

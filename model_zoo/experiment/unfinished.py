@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 from dataclasses import dataclass
 from glob import escape, glob
 from typing import Any
@@ -15,11 +15,13 @@ import yaml
 from model_zoo.compat import FUXICTR_VERSION
 from model_zoo.errors import ConfigError, DataError
 from model_zoo.experiment.config import Config
+from model_zoo.experiment.record import read_record
 from model_zoo.resume import read_state_file
 
 logger = logging.getLogger("model_zoo")
 
-CONFIG_FILE, STATE_FILE, RECORD_FILE, LOCK_FILE = "config.yaml", "training_state.pt", "metrics.json", "run.lock"
+CONFIG_FILE, STATE_FILE, RECORD_FILE = "config.yaml", "training_state.pt", "metrics.json"
+LOCK_FILE, LOG_FILE = "run.lock", "run.log"
 #: keys that change where and how a run works, not what it computes
 NOT_COMPARED = {
     "gpu", "verbose", "prefetch", "data_on_device", "model_root", "data_root", "checkpoint_minutes", "checkpoint_steps",
@@ -65,17 +67,10 @@ class Run:
         """What the finished run recorded; None if it has not come so far.
 
         Raises:
-            ConfigError: the record cannot be read.
+            RecordError: the record cannot be read.
         """
         path = os.path.join(self.folder, RECORD_FILE)
-        if not os.path.exists(path):
-            return None
-        try:
-            with open(path, encoding="utf-8") as file:
-                found = json.load(file)
-            return dict(found)
-        except (OSError, ValueError, TypeError):
-            raise ConfigError(f"{path}: not a readable record; move it away to resume the run") from None
+        return read_record(path) if os.path.exists(path) else None
 
     @property
     def state_path(self) -> str:
@@ -97,7 +92,8 @@ def newest_run(params: dict[str, Any], expid: str) -> Run | None:
         ConfigError: it began with another config; names the keys.
     """
     place = os.path.join(params["model_root"], params["dataset_id"], expid)
-    folders = glob(os.path.join(escape(place), f"*-seed{params['seed']}*"))
+    name = re.compile(rf"\d{{8}}-\d{{6}}-seed{params['seed']}(-\d+)?")
+    folders = [path for path in glob(os.path.join(escape(place), "*")) if name.fullmatch(os.path.basename(path))]
     started = [folder for folder in folders if os.path.exists(os.path.join(folder, CONFIG_FILE))]
     if not started:
         return None

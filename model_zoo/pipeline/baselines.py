@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from model_zoo.pipeline.dataset import CTRDataset
+from model_zoo.pipeline.item_counts import training_counts
 from model_zoo.pipeline.metrics import evaluate_metrics
 
 
@@ -15,10 +16,7 @@ def popularity_baselines(dataset: CTRDataset, split: str, metrics: list[str]) ->
         ``item popularity`` (training clicks of the item) and ``item CTR`` (its click rate, smoothed by one impression at
         the overall rate), each with ``metrics`` (logloss only for the latter).
     """
-    clicks, shown = np.zeros(dataset.num_items), np.zeros(dataset.num_items)
-    for part in dataset.splits["train"].parts():
-        clicks += np.bincount(part.item_index, weights=part.label, minlength=dataset.num_items)
-        shown += np.bincount(part.item_index, minlength=dataset.num_items)
+    clicks, shown = training_counts(dataset)
     rate = (clicks + clicks.sum() / shown.sum()) / (shown + 1.0)
     scored = [(part.label, part.item_index, part.group) for part in dataset.splits[split].parts()]
     label, item = (np.concatenate([columns[side] for columns in scored]) for side in (0, 1))

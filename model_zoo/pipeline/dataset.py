@@ -65,7 +65,8 @@ def load_dataset(feature_map: FeatureMap, params: dict[str, Any]) -> CTRDataset:
     Args:
         feature_map: from `build_feature_map`.
         params: paths ``item_info``, ``user_info``, ``train_data``, ``valid_data``, ``test_data`` (the last may be
-            absent); ``memory_limit_mib``, the bound on rows and histories in memory, and then ``data_root``.
+            absent); ``time_col``, the list column of ``user_info`` with the events' times, or None;
+            ``memory_limit_mib``, the bound on rows and histories in memory, and then ``data_root``.
 
     Raises:
         ConfigError: a path is not configured, or the bound is below what one row group takes.
@@ -80,9 +81,9 @@ def load_dataset(feature_map: FeatureMap, params: dict[str, Any]) -> CTRDataset:
     limit = (params.get("memory_limit_mib") or 0) * 2**20
     if limit:
         cache = os.path.join(params.get("data_root") or "data", "history_cache")
-        histories = read_bounded_histories(files["user_info"], num_items, limit // 2, cache)
+        histories = read_bounded_histories(files["user_info"], num_items, limit // 2, cache, params.get("time_col"))
     else:
-        histories = read_histories(files["user_info"], num_items)
+        histories = read_histories(files["user_info"], num_items, time_col=params.get("time_col"))
     splits: dict[str, Split | StreamedSplit] = {}
     for name in SPLITS:
         if f"{name}_data" in files:

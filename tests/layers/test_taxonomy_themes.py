@@ -85,6 +85,7 @@ def test_fewer_categories_than_themes_divide_the_heaviest():
     torch.testing.assert_close(codebook.codes[own], centroid(points, weight, category == 2))
     assert float(found.sum()) == float(weight.sum())
     torch.testing.assert_close(codebook.cluster_size, found / found.sum())
+    assert started(4, {4: 30, 2: 25})[1].themes.sum(1)[[4, 2]].tolist() == [2, 2]
 
 
 def test_a_start_is_a_function_of_its_arguments_and_nothing_without_categories():
