@@ -31,7 +31,12 @@ setup(
         "mamba": ["mamba-ssm>=2.2"],
         "tensorboard": ["tensorboard>=2.14"],
         "plots": ["matplotlib>=3.7"],
+        "ray": ["ray[tune]>=2.9"],
+        "optuna": ["optuna>=3.6"],
         "hub": ["huggingface_hub>=0.23"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm",
+            "matplotlib>=3.7", "optuna>=3.6", "tensorboard>=2.14",
+        ],
     },
 )

@@ -1,5 +1,6 @@
 """Every experiment, data set and grid is sound: it loads and validates, and its model predicts."""
 
+from collections import Counter
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 import model_zoo.experiment.config as config_module
 from model_zoo.batch import Batch, ItemFeatures
 from model_zoo.experiment.config import BASE, Config, experiment_ids, load_config, read_sections
+from model_zoo.experiment.grid import points_of
+from model_zoo.experiment.grid_file import read_space
 from model_zoo.experiment.run import build_model
 from model_zoo.experiment.schema import DATA_KEYS, validate
 from model_zoo.pipeline.feature_map import ROW_COLUMNS, build_feature_map
@@ -21,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config"
 EXPERIMENTS = experiment_ids(str(CONFIG))
 DATASETS = [name for name, _ in read_sections(str(CONFIG), "dataset_config")]
-GRIDS = sorted((ROOT / "benchmark" / "grids").glob("*.yaml"))
+STUDY_GRIDS = sorted((ROOT / "benchmark" / "grids").glob("study_*.yaml"))
+GRIDS = sorted({*(ROOT / "benchmark" / "grids").glob("*.yaml")} - {*STUDY_GRIDS})
 #: LongCTR's three data sets: as expids call them, and their ids
 LONGCTR_DATA = {"microvideo": "MicroVideo1.7M_x2", "kuaivideo": "KuaiVideo_x2", "ebnerd": "Ebnerd_small_x1"}
 LONGCTR_MODELS = ["DCNv2", "DIEN", "DIN", "ETA", "FinalMLP", "MIRRN", "SDIM", "SIM", "TransAct", "TWIN"]
@@ -218,6 +222,21 @@ OURS = {"hash_seed", "mask_retrieved", "filter_dropout", "sparse_embedding_updat
 def test_there_is_a_grid_for_each_model_data_set_and_length() -> None:
     names = {f"{m}_{d}_{length}" for m, d, length in product(LONGCTR_MODELS, LONGCTR_DATA.values(), (100, 200))}
     assert {path.stem for path in GRIDS} == names
+
+
+@pytest.mark.parametrize("path", STUDY_GRIDS, ids=name_of)
+def test_a_study_has_every_method_on_both_data_sets_with_as_many_settings_each(path: Path) -> None:
+    *_, backbone, length = path.stem.split("_")
+    points = points_of(read_space(str(path), str(ROOT))).points
+    models = {f"MoS_{backbone}"} if "MoS" in path.stem else {backbone, *(f"{rival}_{backbone}" for rival in RIVALS)}
+    found = Counter((point.params["model"], point.params["dataset_id"]) for point in points)
+    assert found == dict.fromkeys(product(models, ("Ebnerd_demo", "foursquare_nyc")), 2)
+    assert {point.params["max_len"] for point in points} == {int(length)}
+
+
+def test_studies_come_for_each_backbone_and_length() -> None:
+    names = {f"study_{mos}{b}_{length}" for mos, b, length in product(("", "MoS_"), PAPER_BACKBONES, (100, 200))}
+    assert {path.stem for path in STUDY_GRIDS} == names
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)

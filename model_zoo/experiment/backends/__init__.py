@@ -1,0 +1,1 @@
+"""Where a grid's runs run: processes of this machine, or of a Ray cluster."""
