@@ -1,0 +1,1 @@
+"""What trained runs and their data show: figures, router views, the report page."""
