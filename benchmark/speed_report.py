@@ -195,6 +195,7 @@ def document(rows: dict[str, Row], shape: str) -> str:
         "experts), alternating in one process; medians. MicroVideo's shape, synthetic, every history full; " + shape + ".",
         "Ours runs with the C library's allocator as `run_expid.py` sets it (`model_zoo/allocator.py`), the reference with",
         "glibc's default, as its own script leaves it.",
+        "What misses its goal, why, and what was tried: [SPEED_MISSED.md](SPEED_MISSED.md).",
         "`ratio` is the reference's figure by ours (above 1: ours is better), `of plain` ours by our own plain backbone's.",
         "", *(f"- {machine}{_holders(machine, rows, len(machines))}" for machine in machines),
     ]  # fmt: skip

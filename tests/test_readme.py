@@ -123,6 +123,10 @@ def run_command(command: str, place: str, sandbox: Path, cli: Cli) -> None:
         words.pop(0)
     if words[:2] == ["python", "run_expid.py"]:
         dry_run(words[2:], place, sandbox, cli)
+    elif words[:2] == ["python", "run_param_tuner.py"]:
+        listed = [*words[1:], *([] if "--dry-run" in words else ["--dry-run"])]
+        done = subprocess.run([sys.executable, *listed], cwd=sandbox, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and " runs, " in done.stdout, f"{place}: `{plain}` fails:\n{done.stderr}"
     elif words[:2] == ["python", "data/validate.py"]:
         done = subprocess.run([sys.executable, *words[1:]], cwd=sandbox, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{place}: `{plain}` finds faults:\n{done.stdout}{done.stderr}"
