@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,13 +44,16 @@ for line in range(200):
 """
 
 
-@pytest.fixture
-def small_disk() -> Iterator[int]:
-    """No file may grow beyond the yielded number of bytes: what a full disk does, from the kernel."""
+SMALL = 4096
+
+
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """Inside, no file may grow beyond `SMALL` bytes, as on a full disk (in a fixture, that held for pytest's own log too)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, before[1]))
     try:
-        yield 4096
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -171,21 +175,21 @@ def assert_says_so(error: pytest.ExceptionInfo[FileError], path: object) -> None
     assert error.value.__suppress_context__ or error.value.__cause__ is None
 
 
-def test_a_full_disk_keeps_the_old_file_and_says_what_is_free(tmp_path: Path, small_disk: int) -> None:
+def test_a_full_disk_keeps_the_old_file_and_says_what_is_free(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_whole(path, "old")
-    for size in (small_disk + 1, 10 * small_disk):  # seen at the flush, and within the write
-        with pytest.raises(FileError, match="free some space") as error:
+    for size in (SMALL + 1, 10 * SMALL):  # seen at the flush, and within the write
+        with small_disk(), pytest.raises(FileError, match="free some space") as error:
             write_whole(path, "x" * size)
         assert_says_so(error, path)
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_keeps_the_lines_that_were_there(tmp_path: Path, small_disk: int) -> None:
+def test_a_full_disk_keeps_the_lines_that_were_there(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    append_line(path, "x" * (small_disk - 100))
+    append_line(path, "x" * (SMALL - 100))
     before = path.read_bytes()
-    with pytest.raises(FileError, match="free some space") as error:
+    with small_disk(), pytest.raises(FileError, match="free some space") as error:
         append_line(path, "y" * 150)  # 99 of its bytes fit
     assert_says_so(error, path)
     assert path.read_bytes() == before

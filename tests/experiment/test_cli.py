@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ def test_a_run_leaves_its_files_and_no_others(finished: Any) -> None:
     assert re.fullmatch(r"\d{8}-\d{6}-seed7", folder.name)
     checkpoints = [f"MoS_TWIN_tiny.{phase}.model" for phase in ("phase1", "phase2", "phase3")]
     expected = ["MoS_TWIN_tiny.model", *checkpoints, "config.yaml", "metrics.csv", "metrics.json", "run.lock", "run.log"]
+    expected += ["tensorboard"] if find_spec("tensorboard") else []
     assert sorted(path.name for path in folder.iterdir()) == expected
     runs = folder.parents[2]
     assert sorted(path.name for path in runs.iterdir()) == ["config_of_mine.csv", "tiny"]
