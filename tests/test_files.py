@@ -49,7 +49,7 @@ SMALL = 4096
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """Inside, no file may grow beyond `SMALL` bytes, as on a full disk (in a fixture, that held for pytest's own log too)."""
+    """Inside, no file may grow beyond `SMALL` bytes, as on a full disk: in a fixture, that held for pytest's log, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, before[1]))
     try:
