@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume_and_loads_no_tensorflow
     before = "tensorflow" in sys.modules
     tracked(["tensorboard"], tmp_path, 4, summary={})
     history = HISTORY[:2]
+    time.sleep(1.1)  # event files are read in the order of their names, which hold whole seconds
     resumed = Trackers(["tensorboard"], str(tmp_path), "x", history)
     resumed.start({})
     for evaluation in HISTORY[2:]:
