@@ -15,7 +15,7 @@ from typing import Any
 
 from leaderboard import folder_name, to_csv
 
-from model_zoo.errors import ConfigError, UserError
+from model_zoo.errors import ConfigError, answered
 from model_zoo.experiment.collect import Collected, Row, collect, duplicates
 from model_zoo.experiment.paths import PATH_KEYS
 from model_zoo.experiment.record import result_line, write_whole, write_yaml
@@ -57,6 +57,7 @@ def repeated(group: list[Row]) -> str:
     return f"duplicates: {group[0].expid}, seed {group[0].seed}, ran {len(group)} times {result}: {places}"
 
 
+@answered
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake of the user's."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,25 +66,21 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--folders", metavar="DIR", help="also lay out result lines and configs there, as LongCTR does")
     options.add_argument("--contributor", default="", help="what BARS's column of that name says")
     chosen = options.parse_args(argv)
-    try:
-        found = collect(chosen.runs)
-        for problem in problems(found):
-            print(problem, file=sys.stderr)
-        if not found.rows:
-            raise ConfigError(f"{', '.join(chosen.runs)}: no finished run below; name the folder that runs were written to")
-        text = to_csv(found.rows, chosen.contributor)
-        if chosen.out:
-            os.makedirs(os.path.dirname(os.path.abspath(chosen.out)), exist_ok=True)
-            write_whole(chosen.out, text)
-            print(f"{len(found.rows)} runs in {chosen.out}, {len(found.unusable)} unusable, "
-                  f"{len(found.unfinished)} not finished")  # fmt: skip
-        else:
-            print(text, end="")
-        if chosen.folders:
-            lay_out(found, chosen.folders)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = collect(chosen.runs)
+    for problem in problems(found):
+        print(problem, file=sys.stderr)
+    if not found.rows:
+        raise ConfigError(f"{', '.join(chosen.runs)}: no finished run below; name the folder that runs were written to")
+    text = to_csv(found.rows, chosen.contributor)
+    if chosen.out:
+        os.makedirs(os.path.dirname(os.path.abspath(chosen.out)), exist_ok=True)
+        write_whole(chosen.out, text)
+        print(f"{len(found.rows)} runs in {chosen.out}, {len(found.unusable)} unusable, "
+              f"{len(found.unfinished)} not finished")  # fmt: skip
+    else:
+        print(text, end="")
+    if chosen.folders:
+        lay_out(found, chosen.folders)
     return 0
 
 

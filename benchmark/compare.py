@@ -15,7 +15,7 @@ from compare_tables import document, to_csv
 from comparison import compare
 from leaderboard import from_csv
 
-from model_zoo.errors import ConfigError, UserError
+from model_zoo.errors import ConfigError, answered
 from model_zoo.experiment.collect import Row, collect
 from model_zoo.experiment.record import write_whole
 
@@ -46,6 +46,7 @@ def with_scores(rows: list[Row], metrics: list[str], split: str) -> tuple[list[R
     return usable, [f"{path}: no {', '.join(names)} on {split}" for path, names in lacking.items() if names]
 
 
+@answered
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake of the user's."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,29 +58,25 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--level", type=float, default=0.95, help="of the intervals (default: %(default)s)")
     options.add_argument("--out", metavar="FILE.md", help="where the document goes, its csv beside it (default: stdout)")
     chosen = options.parse_args(argv)
-    try:
-        if not 0 < chosen.level < 1:
-            raise ConfigError(f"--level {chosen.level:g}: must be between 0 and 1; 0.95 is usual")
-        if chosen.out and not chosen.out.endswith(".md"):
-            raise ConfigError(f"--out {chosen.out}: must end with .md; the csv goes beside it")
-        metrics = list(dict.fromkeys(chosen.metric))
-        rows, left_out = read(chosen.runs)
-        rows, lacking = with_scores(rows, metrics, chosen.split)
-        found = compare(rows, metrics, chosen.split, chosen.level, chosen.by == "expid")
-        text = document(found, _command(chosen), left_out + lacking, chosen.level)
-        if not chosen.out:
-            print(text, end="")
-            return 0
-        os.makedirs(os.path.dirname(os.path.abspath(chosen.out)), exist_ok=True)
-        table = chosen.out.removesuffix(".md") + ".csv"
-        if any(os.path.realpath(source) == os.path.realpath(table) for source in chosen.runs):
-            raise ConfigError(f"--out {chosen.out}: its csv would replace {table}, which is read here; choose another name")
-        write_whole(chosen.out, text)
-        write_whole(table, to_csv(found))
-        print(f"{len(rows)} runs compared in {chosen.out} and {table}, {len(left_out) + len(lacking)} left out")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0 < chosen.level < 1:
+        raise ConfigError(f"--level {chosen.level:g}: must be between 0 and 1; 0.95 is usual")
+    if chosen.out and not chosen.out.endswith(".md"):
+        raise ConfigError(f"--out {chosen.out}: must end with .md; the csv goes beside it")
+    metrics = list(dict.fromkeys(chosen.metric))
+    rows, left_out = read(chosen.runs)
+    rows, lacking = with_scores(rows, metrics, chosen.split)
+    found = compare(rows, metrics, chosen.split, chosen.level, chosen.by == "expid")
+    text = document(found, _command(chosen), left_out + lacking, chosen.level)
+    if not chosen.out:
+        print(text, end="")
+        return 0
+    os.makedirs(os.path.dirname(os.path.abspath(chosen.out)), exist_ok=True)
+    table = chosen.out.removesuffix(".md") + ".csv"
+    if any(os.path.realpath(source) == os.path.realpath(table) for source in chosen.runs):
+        raise ConfigError(f"--out {chosen.out}: its csv would replace {table}, which is read here; choose another name")
+    write_whole(chosen.out, text)
+    write_whole(table, to_csv(found))
+    print(f"{len(rows)} runs compared in {chosen.out} and {table}, {len(left_out) + len(lacking)} left out")
     return 0
 
 

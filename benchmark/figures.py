@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 
 import figures_alpha
 import figures_dispatch
@@ -18,7 +17,7 @@ import figures_scaling
 import figures_utility
 from machine import ROOT
 
-from model_zoo.errors import UserError
+from model_zoo.errors import answered
 
 OUT = os.path.join(ROOT, "benchmark", "results", "figures")
 FIGURES = {
@@ -43,19 +42,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+@answered
 def main(argv: list[str] | None = None) -> int:
     """Make one figure; returns the exit code: 0, or 2 for a user's error."""
     chosen = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        FIGURES[chosen.figure][0].command(chosen)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    FIGURES[chosen.figure][0].command(chosen)
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from report_content import FinishedRun, content, embedded_figures, read_runs
 from report_html import page
 
 from model_zoo.analysis.router_view import has_view, router_view
-from model_zoo.errors import ConfigError, UserError
+from model_zoo.errors import ConfigError, UserError, answered
 from model_zoo.files import write_whole
 
 #: metrics that come first, in this order
@@ -74,6 +74,7 @@ def _merit(run: FinishedRun) -> tuple[float, str]:
     return (float("-inf") if monitored is None else monitored, run.row.finished)
 
 
+@answered
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a mistake of the user's."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,23 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--level", type=float, default=0.95, help="of the intervals (default: %(default)s)")
     options.add_argument("--title", default="CTR experiments", help="of the page (default: %(default)s)")
     chosen = options.parse_args(argv)
-    try:
-        if not 0 < chosen.level < 1:
-            raise ConfigError(f"--level {chosen.level:g}: must be between 0 and 1; 0.95 is usual")
-        runs, left_out = read_runs(chosen.runs)
-        metrics = metrics_of(runs, chosen.split, chosen.metric) if runs else []
-        figures = embedded_figures(chosen.figures) if chosen.figures else []
-        compared = compare([run.row for run in runs], metrics, chosen.split, chosen.level)
-        views = views_of(runs, chosen.router)
-        found = content(runs, compared, figures, views, left_out)
-        title = chosen.title.encode(errors="replace").decode()  # a command line may hold bytes that are no text
-        found |= {"title": title, "level": chosen.level, "less": [name for name in metrics if name in LESS_IS_BETTER]}
-        text = page(found)
-        os.makedirs(os.path.dirname(os.path.abspath(chosen.out)), exist_ok=True)
-        write_whole(chosen.out, text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0 < chosen.level < 1:
+        raise ConfigError(f"--level {chosen.level:g}: must be between 0 and 1; 0.95 is usual")
+    runs, left_out = read_runs(chosen.runs)
+    metrics = metrics_of(runs, chosen.split, chosen.metric) if runs else []
+    figures = embedded_figures(chosen.figures) if chosen.figures else []
+    compared = compare([run.row for run in runs], metrics, chosen.split, chosen.level)
+    views = views_of(runs, chosen.router)
+    found = content(runs, compared, figures, views, left_out)
+    title = chosen.title.encode(errors="replace").decode()  # a command line may hold bytes that are no text
+    found |= {"title": title, "level": chosen.level, "less": [name for name in metrics if name in LESS_IS_BETTER]}
+    text = page(found)
+    os.makedirs(os.path.dirname(os.path.abspath(chosen.out)), exist_ok=True)
+    write_whole(chosen.out, text)
     size = len(text.encode()) / 2**20
     print(f"{chosen.out}: {len(runs)} runs, {len(figures)} figures, {len(left_out)} left out, {size:.1f} MiB")
     return 0

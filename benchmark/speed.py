@@ -32,7 +32,7 @@ from speed_kinds import KINDS, measure
 from speed_longctr import LongCTR
 from speed_report import BACKBONES, POOLED, document, lines_of
 
-from model_zoo.errors import ConfigError, UserError
+from model_zoo.errors import ConfigError, answered
 from model_zoo.experiment.record import environment, write_json, write_whole
 from model_zoo.registry import get_model, model_keys
 
@@ -250,18 +250,15 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+@answered
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing; returns 1 if something failed (it is tried again in the next call), 2 for wrong options."""
     chosen = parser().parse_args(argv)
     if chosen.one:
         print(MARK + json.dumps(asdict(measure(Case.from_json(chosen.one)))))
         return 0
-    try:
-        longctr = LongCTR(chosen.longctr) if chosen.longctr else None
-        cases = plan(chosen, longctr)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    longctr = LongCTR(chosen.longctr) if chosen.longctr else None
+    cases = plan(chosen, longctr)
     os.makedirs(chosen.out, exist_ok=True)
     rows = load(chosen.out)
     failed = 0

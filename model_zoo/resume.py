@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,11 +132,6 @@ class StateSaver:
         }  # fmt: skip
         write_checkpoint(self.path, content)
         self._last = time.monotonic()
-
-    def discard(self) -> None:
-        """Remove the file: the run is over."""
-        if os.path.exists(self.path):
-            os.remove(self.path)
 
 
 def read_state_file(path: str) -> dict[str, Any]:

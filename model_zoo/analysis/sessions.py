@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model_zoo.errors import DataError
+from model_zoo.experiment.slices import SESSION_GAP
 from model_zoo.pipeline.histories import Histories
 
 Bools = npt.NDArray[np.bool_]
@@ -36,7 +37,9 @@ class KnownSessions:
     described: str
 
 
-def known_sessions(user_info: str, histories: Histories, source: Source = "auto", gap: float = 1800) -> KnownSessions:
+def known_sessions(
+    user_info: str, histories: Histories, source: Source = "auto", gap: float = SESSION_GAP
+) -> KnownSessions:
     """Sessions from ``truth.npz`` beside ``user_info`` (synthetic data), else from gaps in time, else unknown.
 
     Args:

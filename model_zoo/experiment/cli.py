@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from model_zoo.errors import ConfigError, UserError
+from model_zoo.errors import ConfigError, answered
 
 if TYPE_CHECKING:
     from model_zoo.experiment.config import Config
@@ -41,17 +41,11 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+@answered
 def main(root: str, arguments: list[str] | None = None) -> int:
     """Run; returns the exit code: 0, 2 for a user's error (said on stderr), 128 + its number after a signal."""
     options = parser().parse_args(arguments)
-    try:
-        return _main(root, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return _main(root, options)
 
 
 def _main(root: str, options: argparse.Namespace) -> int:

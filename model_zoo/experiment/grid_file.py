@@ -7,11 +7,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
 from model_zoo.errors import ConfigError
 from model_zoo.experiment.config import Config, load_config
-from model_zoo.experiment.sections import NOT_YAML, Section, _bad_keys, _not_yaml, _section
+from model_zoo.experiment.sections import Section, read_mapping
 from model_zoo.faults import nearest, refusal, shown
 
 GRID_KEYS = ("base_config", "base_expid", "dataset_id", "dataset_config", "tuner_space")
@@ -84,7 +82,7 @@ def read_space(path: str, root: str) -> Space:
     Raises:
         ConfigError: unreadable, an unknown key, an empty space, no such base or data set; all that is wrong at once.
     """
-    section = read_mapping(path)
+    section = read_mapping(path, f"{', '.join(GRID_KEYS)} to their values")
     problems = [
         f"{path}:{section.lines[(key,)]}: unknown key '{key}' of a tuner file{nearest(key, GRID_KEYS)}"
         for key in section.values
@@ -109,31 +107,6 @@ def read_space(path: str, root: str) -> Space:
     fixed_name = [_own_dataset(section, root)] == [base.values["dataset_id"] for base in bases]
     name = os.path.splitext(os.path.basename(path))[0]
     return Space(name, path, tuple(bases), axes, ranges, expid, fixed_name)
-
-
-def read_mapping(path: str) -> Section:
-    """A yaml file as one section, its keys with their lines.
-
-    Raises:
-        ConfigError: unreadable, or not a mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigError(f"--config {path}: {reason}; give a tuner file, or a folder of experiments") from None
-    try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}: must map {', '.join(GRID_KEYS)} to their values")
-        bad = [f"{path}:{line}: {what}" for line, what in _bad_keys("the file", root, set())]
-        if bad:
-            raise refusal(bad)
-        return _section(path, loader, root, root)
-    except NOT_YAML as error:
-        raise ConfigError(_not_yaml(path, text, error)) from None
 
 
 def _space(section: Section) -> tuple[dict[str, list[tuple[Any, str]]], dict[str, Range], list[str]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from model_zoo.errors import ConfigError
 from model_zoo.faults import Place, refusal
+
+T = TypeVar("T")
 
 BASE = "Base"
 #: what the yaml reader raises for text that is no yaml: also values such as the date 2024-13-45, or brackets without end
@@ -64,8 +66,41 @@ def config_files(config_dir: str, kind: str) -> list[str]:
     return [single] if os.path.exists(single) else sorted(glob(os.path.join(config_dir, kind, "*.yaml")))
 
 
+def read_mapping(path: str, what: str) -> Section:
+    """A yaml file as one section, its keys with their lines.
+
+    Args:
+        what: the file is to map, for the message.
+
+    Raises:
+        ConfigError: unreadable, or not a mapping, or bad keys.
+    """
+
+    def whole(loader: yaml.SafeLoader, root: yaml.Node | None) -> Section:
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: must map {what}")
+        _refuse(path, _bad_keys("the file", root, set()))
+        return _section(path, loader, root, root)
+
+    return _parsed(path, whole)
+
+
 def _read_file(path: str) -> list[tuple[str, Section]]:
     """The top-level mappings of one yaml file, merge keys applied, bad keys refused."""
+
+    def named(loader: yaml.SafeLoader, root: yaml.Node | None) -> list[tuple[str, Section]]:
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: must map names to settings")
+        _refuse(path, _bad_names(root))
+        return [(str(loader.construct_object(name)), _section(path, loader, name, node)) for name, node in root.value]
+
+    return _parsed(path, named)
+
+
+def _parsed(path: str, read: Callable[[yaml.SafeLoader, yaml.Node | None], T]) -> T:
+    """What ``read`` makes of a yaml file's one document."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -73,17 +108,15 @@ def _read_file(path: str) -> list[tuple[str, Section]]:
         raise ConfigError(f"{path}: not a readable text file ({error})") from None
     try:
         loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        if root is None:
-            return []
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}: must map names to settings")
-        bad = [f"{path}:{line}: {what}" for line, what in _bad_names(root)]
-        if bad:
-            raise refusal(bad)
-        return [(str(loader.construct_object(name)), _section(path, loader, name, node)) for name, node in root.value]
+        return read(loader, loader.get_single_node())
     except NOT_YAML as error:
         raise ConfigError(_not_yaml(path, text, error)) from None
+
+
+def _refuse(path: str, faults: Iterable[tuple[int, str]]) -> None:
+    bad = [f"{path}:{line}: {what}" for line, what in faults]
+    if bad:
+        raise refusal(bad)
 
 
 def _section(path: str, loader: yaml.SafeLoader, name: yaml.Node, node: yaml.MappingNode) -> Section:

@@ -9,7 +9,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from model_zoo.errors import ConfigError, UserError
+from model_zoo.errors import ConfigError, answered
 
 if TYPE_CHECKING:
     from model_zoo.experiment.backends.process import Backend
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+@answered
 def main(root: str, arguments: list[str] | None = None) -> int:
     """Run; returns the exit code: 0, 1 if runs failed, 2 for a user's error, 128 + its number after a signal."""
     options = parser().parse_args(arguments)
@@ -52,9 +53,6 @@ def main(root: str, arguments: list[str] | None = None) -> int:
         _check(options)
         with listening():
             return _tune(root, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Stopped as stop:
         again = shlex.join(["python", "run_param_tuner.py", *(sys.argv[1:] if arguments is None else arguments)])
         print(f"stopped by {stop.signal.name}; go on with: {again}", file=sys.stderr)

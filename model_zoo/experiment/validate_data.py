@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from model_zoo.errors import ConfigError, UserError
+from model_zoo.errors import ConfigError, answered
 
 REQUIRED = ("train_data", "valid_data", "user_info", "item_info", "feature_cols", "label_col")
 
@@ -31,26 +30,20 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+@answered
 def main(root: str, arguments: Sequence[str] | None = None) -> int:
     """Check; returns the exit code."""
     options = parser().parse_args(arguments)
     started = time.perf_counter()
-    try:
-        from model_zoo.experiment.paths import resolve_paths
-        from model_zoo.pipeline.feature_map import build_feature_map
-        from model_zoo.pipeline.validation import validate_dataset
+    from model_zoo.experiment.paths import resolve_paths
+    from model_zoo.pipeline.feature_map import build_feature_map
+    from model_zoo.pipeline.validation import validate_dataset
 
-        params = _params(root, options)
-        resolve_paths(params, root)
-        feature_map = build_feature_map(params)
-        limit = max(options.memory_mib, 1) * 2**20
-        report = validate_dataset(feature_map, params, params.get("metrics"), options.time, limit)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    params = _params(root, options)
+    resolve_paths(params, root)
+    feature_map = build_feature_map(params)
+    limit = max(options.memory_mib, 1) * 2**20
+    report = validate_dataset(feature_map, params, params.get("metrics"), options.time, limit)
     print(f"{options.dataset_id}: {os.path.dirname(params['train_data'])}")
     print(*report.lines(), sep="\n")
     print(f"{time.perf_counter() - started:.1f} seconds")

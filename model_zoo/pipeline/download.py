@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -20,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_zoo.errors import DataError, UserError
+from model_zoo.errors import DataError, answered
 from model_zoo.files import write_whole
 
 HUB_OWNER = "reczoo"
@@ -138,6 +137,7 @@ def unzip(archive: Path, folder: Path) -> None:
         raise DataError(f"{archive.name} cannot be unzipped ({error}); fetch it again.") from None
 
 
+@answered
 def main(argv: Sequence[str] | None = None, data_root: Path = Path("data")) -> int:
     """``DATASET_ID [--out DIR]``, by default into ``data_root / DATASET_ID``; returns 2 with one line when it fails."""
     parser = argparse.ArgumentParser(description="Fetch a data set of LongCTR from the Hugging Face hub.")
@@ -145,11 +145,7 @@ def main(argv: Sequence[str] | None = None, data_root: Path = Path("data")) -> i
     parser.add_argument("--out", type=Path, help="folder for the five parquet files (default: data/DATASET_ID)")
     args = parser.parse_args(argv)
     out = args.out or data_root / args.dataset_id
-    try:
-        new = download(args.dataset_id, out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    new = download(args.dataset_id, out)
     checked = "sizes and sums recorded" if new else "as recorded" if (out / SUMS).exists() else "no sums recorded"
     print(f"{out}: {'complete' if new else 'was complete already'}, {checked}")
     for name in FILES:
