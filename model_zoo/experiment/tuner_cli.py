@@ -32,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
     add("--gpu", type=int, nargs="+", default=[-1], metavar="N",
         help="CUDA devices, one run at a time on each; -1 = CPU (default); one named twice takes two")  # fmt: skip
     add("--seeds", type=int, nargs="+", metavar="N", help="run each configuration with each of these")
+    add("--best-seeds", type=int, nargs="+", metavar="N",
+        help="then run what validated best, of each data set, model and length, with these, too")  # fmt: skip
     add("--jobs", type=int, metavar="N", help="runs at once (default: one for each --gpu)")
     add("--load", metavar="FILE", action="append", default=[], help="Python file that registers models")
     add("--dry-run", action="store_true", help="list the runs and what is done of them; start none")
@@ -71,6 +73,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.search == "optuna" and options.tag is not None:
         raise ConfigError("--tag chooses among a grid's runs; leave it out with --search optuna")
+    if options.search == "optuna" and options.best_seeds is not None:
+        raise ConfigError("--best-seeds is for grids; with --search optuna, give --seeds, or run the best trial's config")
     if min(options.gpu) < -1:
         raise ConfigError(f"--gpu {min(options.gpu)}: name CUDA devices from 0, or -1 for the CPU")
 
@@ -121,6 +125,7 @@ def _run(root: str, options: argparse.Namespace, results: str, space: Any, grid:
     from model_zoo.experiment.tuner import Listed, Tuner
     from model_zoo.experiment.tuner_jobs import Job, Launcher
     from model_zoo.experiment.tuner_table import Display, closing
+    from model_zoo.experiment.tuner_winners import Winners
     from model_zoo.files import locked
     from model_zoo.interrupts import Stopped
 
@@ -139,7 +144,8 @@ def _run(root: str, options: argparse.Namespace, results: str, space: Any, grid:
             storage = options.storage or default_storage(folder)
             source = OptunaSource(space, options.trials or TRIALS, storage, options.seeds, root)
         else:
-            source = Listed([Job.of(point, root) for point in grid.points])
+            jobs = [Job.of(point, root) for point in grid.points]
+            source = Winners(jobs, options.best_seeds) if options.best_seeds else Listed(jobs)
         backend = _backend(options, os.path.join(folder, f"orders-{os.getpid()}"))
         launcher = Launcher(os.path.join(root, "run_expid.py"), options.load)
         tuner = Tuner(source, backend, launcher, folder, table, Display(name, sys.stdout))
