@@ -178,3 +178,17 @@ def test_the_leaderboard_has_bars_columns_and_comes_back(tmp_path: Path, scripts
     assert first.startswith(f" 20260101-000001,{command},[exp_id] MoS_TWIN_x,")
     assert first.endswith("[test] gAUC: 0.600000 - AUC: 0.700000 - logloss: 0.500000")
     assert len(list(folder.glob("*.yaml"))) == 2 and not any("/somewhere" in p.read_text() for p in folder.iterdir())
+
+
+def test_published_records_name_no_place_and_compare_alike(tmp_path: Path, scripts: dict[str, ModuleType]) -> None:
+    here = {"model_root": str(tmp_path), "data_root": str(tmp_path)}
+    runs = save(tmp_path / "runs", result("TWIN", 1, 0.7, **here), result("MoS_TWIN", 1, 0.71, **here))
+    for path in runs.glob("*/*/*/metrics.json"):
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps({**found, "command": f"{tmp_path}/run_expid.py --expid x"}))
+    public = tmp_path / "public"
+    assert scripts["collect"].main([str(runs), "--out", str(tmp_path / "x.csv"), "--records", str(public)]) == 0
+    for path in public.glob("*/*/*/metrics.json"):
+        assert str(tmp_path) not in path.read_text() and "/somewhere" not in path.read_text()
+    own, theirs = ([(row.identity, row.scores) for row in collect([str(where)]).rows] for where in (runs, public))
+    assert own == theirs
