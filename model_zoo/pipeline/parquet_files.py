@@ -27,8 +27,8 @@ def column_names(path: str) -> list[str]:
     Raises:
         DataError: missing or unreadable file.
     """
-    with readable(path):
-        return pq.read_schema(path).names
+    with readable(path), pq.ParquetFile(path) as file:  # pyarrow before 25 leaves read_schema's footers to the collector
+        return file.schema_arrow.names
 
 
 def read_table(path: str, columns: Sequence[str], rows: tuple[int, int] | None = None) -> pl.DataFrame:

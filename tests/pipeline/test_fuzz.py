@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import in_groups
 
 from model_zoo.errors import DataError
 from model_zoo.pipeline import parquet_files
@@ -155,7 +156,7 @@ def test_bytes_of_a_damaged_file_in_a_message_are_made_printable() -> None:
 
 def test_footers_that_do_not_fit_their_file_are_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "a.parquet")
-    pl.DataFrame({"a": [1, 2, 3], "b": [[1], [], [2]]}).write_parquet(path, row_group_size=2)
+    in_groups(pl.DataFrame({"a": [1, 2, 3], "b": [[1], [], [2]]}), path, 2)
     assert parquet_files.row_groups(path) == [0, 2, 3]
     footer = pq.read_metadata(path)
     groups = [footer.row_group(number) for number in range(2)]
