@@ -26,7 +26,15 @@ EXPERIMENTS = experiment_ids(str(CONFIG))
 DATASETS = [name for name, _ in read_sections(str(CONFIG), "dataset_config")]
 STUDY_GRIDS = sorted((ROOT / "benchmark" / "grids").glob("study_*_[0-9]*.yaml"))
 STUDY_DATA = {50: ("kuairand_sample",), 100: ("Ebnerd_demo", "foursquare_nyc"), 200: ("Ebnerd_demo", "foursquare_nyc")}
-GRIDS = sorted({*(ROOT / "benchmark" / "grids").glob("*.yaml")} - {*STUDY_GRIDS})
+#: what is beyond the paper, each against the paper's form: data set, keys, their values
+OPTION_GRIDS = {
+    "study_windows": ("Ebnerd_demo_times", ("windows",), {("fixed",), ("session",)}),
+    "study_taxonomy": (
+        "foursquare_nyc", ("codebook_init", "taxonomy_weight"), set(product(("kmeans", "taxonomy"), (0.0, 0.01))),
+    ),
+}  # fmt: skip
+OPTION_PATHS = {name: ROOT / "benchmark" / "grids" / f"{name}.yaml" for name in OPTION_GRIDS}
+GRIDS = sorted({*(ROOT / "benchmark" / "grids").glob("*.yaml")} - {*STUDY_GRIDS, *OPTION_PATHS.values()})
 #: LongCTR's three data sets: as expids call them, and their ids
 LONGCTR_DATA = {"microvideo": "MicroVideo1.7M_x2", "kuaivideo": "KuaiVideo_x2", "ebnerd": "Ebnerd_small_x1"}
 LONGCTR_MODELS = ["DCNv2", "DIEN", "DIN", "ETA", "FinalMLP", "MIRRN", "SDIM", "SIM", "TransAct", "TWIN"]
@@ -238,6 +246,16 @@ def test_a_study_has_every_method_on_each_data_set_with_as_many_settings_each(pa
 def test_studies_come_for_each_backbone_and_length() -> None:
     names = {f"study_{mos}{b}_{length}" for mos, b, length in product(("", "MoS_"), PAPER_BACKBONES, STUDY_DATA)}
     assert {path.stem for path in STUDY_GRIDS} == names
+
+
+@pytest.mark.parametrize("name", OPTION_GRIDS)
+def test_an_options_study_has_both_forms_at_each_regulariser(name: str) -> None:
+    data, keys, forms = OPTION_GRIDS[name]
+    points = [point.params for point in points_of(read_space(str(OPTION_PATHS[name]), str(ROOT))).points]
+    found = Counter((*(params[key] for key in keys), params["embedding_regularizer"]) for params in points)
+    assert found == dict.fromkeys(((*form, weight) for form in forms for weight in (1e-4, 1e-3)), 1)
+    fixed = {(params["model"], params["dataset_id"], params["max_len"]) for params in points}
+    assert fixed == {("MoS_TWIN", data, 100)}
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)
