@@ -1,7 +1,7 @@
 """The paper's figures, each one command and one picture, with its numbers as json and csv beside it.
 
-``python benchmark/figures.py hopping|utility|dispatch|scaling|alpha``; ``--help`` behind one of them tells its options.
-They work on any data set of ``dataset_config`` and any run of ``run_expid.py``.
+``python benchmark/figures.py hopping|hopping-strength|utility|dispatch|scaling|alpha``; ``--help`` behind one of them tells
+its options. They work on any data set of ``dataset_config`` and any run of ``run_expid.py``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import figures_alpha
 import figures_dispatch
 import figures_hopping
 import figures_scaling
+import figures_strength
 import figures_utility
 from machine import ROOT
 
 from model_zoo.errors import answered
 
 OUT = os.path.join(ROOT, "benchmark", "results", "figures")
+CONFIG_HELP = "folder with dataset_config and model_config (default: config/)"
 FIGURES = {
     "hopping": (figures_hopping, "self-similarity of histories, with session borders (Fig. 2, 8)"),
+    "hopping-strength": (figures_strength, "AUC, gain and themes found against hopping strength, on synthetic data"),
     "utility": (figures_utility, "AUC and gAUC against operations (Fig. 4)"),
     "dispatch": (figures_dispatch, "experts of the most and the least popular item (Fig. 5, 9)"),
     "scaling": (figures_scaling, "AUC and gAUC against length and number of experts (Fig. 6)"),
@@ -38,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         module.options(one)
         one.add_argument("--out", default=OUT, metavar="DIR", help="for the files (default: benchmark/results/figures)")
-        one.add_argument("--config", metavar="DIR", help="folder with dataset_config and model_config (default: config/)")
+        one.add_argument("--config", metavar="DIR", help=getattr(module, "CONFIG_HELP", CONFIG_HELP))
     return top
 
 

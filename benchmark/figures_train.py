@@ -1,4 +1,4 @@
-"""Training of the runs that a scaling figure lacks, one after the other, each resumable."""
+"""Training of the runs that a figure lacks, one after the other, each resumable."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from machine import ROOT
 
 from model_zoo.errors import ConfigError
 from model_zoo.experiment.config import load_config
 from model_zoo.registry import configuration_keys, get_model, model_names
+
+#: experiment, folder of its runs below the first, and ``KEY=VALUE`` changes
+Point = tuple[str, str, list[str]]
 
 
 def train(chosen: argparse.Namespace) -> None:
@@ -23,6 +27,15 @@ def train(chosen: argparse.Namespace) -> None:
     if not chosen.lengths and not chosen.experts:
         raise ConfigError("--run needs --lengths or --experts: the points to train")
     plan = [point for expid in chosen.train for point in points(expid, chosen)]
+    train_points(plan, chosen)
+
+
+def train_points(plan: Sequence[Point], chosen: argparse.Namespace) -> None:
+    """Train each point with each seed, below the first folder.
+
+    Raises:
+        ConfigError: runs that failed (after all others were trained).
+    """
     failed = []
     for number, (expid, folder, changes) in enumerate(plan, 1):
         for seed in chosen.seeds:
@@ -36,12 +49,12 @@ def train(chosen: argparse.Namespace) -> None:
             if code < 0 or code > 128:
                 raise KeyboardInterrupt
             if code:
-                failed.append(f"{expid} seed {seed} in {folder}")
+                failed.append(f"{expid} seed {seed} in {folder or changes[0]}")
     if failed:
         raise ConfigError(f"{len(failed)} run(s) failed: {'; '.join(failed)}; mend what they said, and call this again")
 
 
-def points(expid: str, chosen: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
+def points(expid: str, chosen: argparse.Namespace) -> list[Point]:
     """Experiment, folder below the first and ``KEY=VALUE`` of each point; plain backbones have no experts to vary."""
     own = os.path.join(ROOT, "config")
     config = load_config(chosen.config or own, expid, chosen.set, own)

@@ -13,10 +13,13 @@ from model_zoo.errors import DataError
 from model_zoo.pipeline import synthetic_files
 from model_zoo.pipeline.metrics import auc
 from model_zoo.pipeline.synthetic import (
+    HOPPING,
     LOGITS,
     MICROVIDEO,
+    PAUSE,
     RECENT,
     SPLITS,
+    STEP,
     TINY,
     SyntheticData,
     SyntheticSpec,
@@ -26,6 +29,8 @@ from model_zoo.pipeline.synthetic import (
 from model_zoo.pipeline.synthetic_files import write
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "synthetic.py"
+#: sums of TINY's arrays
+DRAWN = [613964, 1467, 48449]
 LARGER = replace(TINY, users=1_000, rows=(20_000, 4_000, 4_000), themes=6, seed=7)
 
 
@@ -40,7 +45,7 @@ def larger() -> SyntheticData:
 
 
 def arrays(data: SyntheticData) -> dict[str, np.ndarray]:
-    flat = {name: getattr(data, name) for name in ("history", "offsets", "session_id", "session_theme")}
+    flat = {name: getattr(data, name) for name in ("history", "offsets", "session_id", "session_theme", "time")}
     flat.update({f"items.{name}": value for name, value in vars(data.items).items()})
     return flat | {f"{split}.{name}": value for split, rows in data.rows.items() for name, value in vars(rows).items()}
 
@@ -97,6 +102,46 @@ def test_sessions_are_runs_of_one_theme_and_consecutive_ones_differ(larger: Synt
     assert 1 / new[same_user].mean() == pytest.approx(LARGER.session_length, rel=0.03)  # geometric: a constant hazard
     liked = np.array([len(set(themes[users == user])) for user in range(LARGER.users)])
     assert liked.max() == 4 and (liked[np.diff(larger.offsets) > 60] >= 2).all()
+
+
+def test_without_hopping_a_user_lives_in_one_session_on_one_theme() -> None:
+    data = generate(replace(LARGER, session_length=float("inf")))
+    np.testing.assert_array_equal(data.session_id, event_users(data))
+    assert (data.session_theme == data.session_theme[data.offsets[:-1]][data.session_id]).all()
+    assert ceiling_auc(data) > ceiling_auc(generate(LARGER))
+
+
+def test_times_are_minutes_apart_in_a_session_and_hours_between_two(larger: SyntheticData) -> None:
+    gaps, users = np.diff(larger.time), event_users(larger)
+    within = np.diff(larger.session_id) == 0
+    between = ~within & (users[1:] == users[:-1])
+    assert larger.time.dtype == np.int64 and larger.time.min() > 1.6e9
+    assert STEP[0] <= gaps[within].min() and gaps[within].max() < STEP[1] < 1800
+    assert 1800 < PAUSE[0] <= gaps[between].min() and gaps[between].max() < PAUSE[1]
+
+
+def test_nothing_else_depends_on_the_times(monkeypatch: pytest.MonkeyPatch, tiny: SyntheticData) -> None:
+    monkeypatch.setattr("model_zoo.pipeline.synthetic.PAUSE", (7200, 7201))
+    others = arrays(generate(TINY))
+    for name, value in arrays(tiny).items():
+        assert np.array_equal(value, others[name]) == (name != "time"), name
+    # what this generator drew before there were times
+    assert [int(tiny.history.sum()), int(tiny.session_id[-1]), int(tiny.rows["test"].item_index.sum())] == DRAWN
+
+
+def test_paired_sets_differ_in_their_sessions_alone() -> None:
+    spec = replace(LARGER, paired=True)
+    weak, strong = (generate(replace(spec, session_length=length)) for length in (float("inf"), 2.5))
+    for name in ("offsets", *(f"items.{name}" for name in vars(weak.items))):
+        np.testing.assert_array_equal(arrays(weak)[name], arrays(strong)[name])
+    for split in SPLITS:
+        one, other = weak.rows[split], strong.rows[split]
+        np.testing.assert_array_equal(one.user_index, other.user_index)
+        np.testing.assert_array_equal(one.seq_len, other.seq_len)
+        assert 0.4 < (one.item_index == other.item_index).mean() < 0.9
+    alone = generate(replace(LARGER, session_length=2.5))
+    assert not np.array_equal(alone.rows["train"].user_index, strong.rows["train"].user_index)
+    assert HOPPING.paired and not LARGER.paired
 
 
 def test_rows_are_in_time_order_per_user_over_and_within_the_splits(larger: SyntheticData) -> None:
@@ -188,6 +233,9 @@ def test_parquet_round_trip(tiny: SyntheticData, tmp_path: Path) -> None:
     sequences = users["full_item_seq"].to_pylist()
     assert [item for sequence in sequences for item in sequence] == tiny.history.tolist()
     assert [len(sequence) for sequence in sequences] == np.diff(tiny.offsets).tolist()
+    times = users["full_time_seq"].to_pylist()
+    assert [len(each) for each in times] == [len(each) for each in sequences]
+    assert [time for each in times for time in each] == tiny.time.tolist()
     assert items.column_names == ["item_index", "item_id", "cate_id", "image_emb_dim16"]
     assert items["item_index"].to_pylist() == items["item_id"].to_pylist() == list(range(TINY.items))
     np.testing.assert_array_equal(items["cate_id"].to_numpy(), tiny.items.cate_id)
@@ -234,6 +282,7 @@ def test_a_failed_write_leaves_nothing(tiny: SyntheticData, tmp_path: Path, monk
         {"history_mean": 500.0},
         {"history_mean": float("nan")},
         {"session_length": 0.5},
+        {"session_length": float("nan")},
         {"coherence": 1.2},
         {"separation": -1.0},
         {"label_noise": -0.1},
@@ -265,7 +314,7 @@ def test_command_line(tiny: SyntheticData, tmp_path: Path) -> None:
     assert f"ceiling AUC {ceiling_auc(tiny):.4f}" in report and "click rate" in report and "seconds" in report
     (name, entry), *others = yaml.safe_load(config).items()
     assert name == "tiny_set" and not others
-    assert entry["label_col"]["name"] == "is_click"
+    assert entry["label_col"]["name"] == "is_click" and entry["time_col"] == "full_time_seq"
     for key in ("train_data", "valid_data", "test_data", "user_info", "item_info"):
         assert Path(entry[key]).is_file()
     columns = {column["name"]: column for column in entry["feature_cols"]}
@@ -279,11 +328,13 @@ def test_command_line(tiny: SyntheticData, tmp_path: Path) -> None:
 
 def test_command_line_options_override_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = "--preset tiny --users 50 --rows 300 60 40 --history-max 20 --themes 3 --seed 1 --coherence 1".split()
+    options += "--session-length inf --paired".split()
     assert synthetic_files.main(["--out", str(tmp_path), *options]) == 0
     assert "50 users" in capsys.readouterr().out
     assert pq.read_table(tmp_path / "user_info.parquet").num_rows == 50
     assert [pq.read_table(tmp_path / f"{split}.parquet").num_rows for split in SPLITS] == [300, 60, 40]
     truth = np.load(tmp_path / "truth.npz")
+    assert truth["session_id"][-1] == 49
     assert truth["item_theme"].max() == 2 and np.diff(truth["offsets"]).max() <= 20
 
 

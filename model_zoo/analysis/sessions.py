@@ -12,12 +12,12 @@ import numpy.typing as npt
 from model_zoo.errors import DataError
 from model_zoo.experiment.slices import SESSION_GAP
 from model_zoo.pipeline.histories import Histories
+from model_zoo.pipeline.synthetic_files import TRUTH_FILE
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 
 Source = Literal["auto", "truth", "time", "change"]
-TRUTH_FILE = "truth.npz"
 #: quantile of the contrasts of randomly ordered histories up to which a contrast is called a change
 QUANTILE = 0.1
 #: random orders that the quantile is taken over

@@ -69,16 +69,18 @@ def load_config(
     Args:
         config_dir: holds ``model_config.yaml`` or ``model_config/*.yaml``, and ``dataset_config`` alike.
         overrides: ``key=value`` with a yaml value.
-        datasets_dir: where data sets are described if ``config_dir`` describes none, as LongCTR's folders of one model.
+        datasets_dir: where data sets are described if ``config_dir`` describes none, as LongCTR's folders of one model; and
+            experiments, if it describes data sets alone.
 
     Raises:
         ConfigError: no such directory or expid (with the nearest names), broken yaml.
     """
-    models = read_sections(config_dir, "model_config")
+    models_dir = _models_folder(config_dir, datasets_dir)
+    models = read_sections(models_dir, "model_config")
     config = Config(expid)
     experiments = {name: section for name, section in models if name != BASE}
     if expid not in experiments:
-        raise ConfigError(_unknown("expid", expid, experiments, config_dir))
+        raise ConfigError(_unknown("expid", expid, experiments, models_dir))
     section = experiments[expid]
     config.experiment = f"{section.path}:{section.line}"
     bases = [base for name, base in models if name == BASE]
@@ -105,6 +107,12 @@ def load_config(
     if config.dataset is None:
         config.problems.append(_no_data_set(config, datasets, described))
     return config
+
+
+def _models_folder(config_dir: str, other: str | None) -> str:
+    """Where experiments are described: in ``other`` if ``config_dir`` describes data sets alone."""
+    alone = config_files(config_dir, "dataset_config") and not config_files(config_dir, "model_config")
+    return other if other is not None and alone else config_dir
 
 
 def _no_data_set(config: Config, datasets: Iterable[str], config_dir: str) -> str:

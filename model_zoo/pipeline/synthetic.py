@@ -8,6 +8,7 @@ sessions just before it, on how often the user met the item's category, and a li
 Histories are drawn before the rows, so a clicked row does not appear in any history. ``click_probability`` is what the
 labels were drawn from, so its AUC (``ceiling_auc``) bounds every model from above. The bound is not quite reachable:
 the theme of the current session is hidden and has to be read from its events, of which ``coherence`` tell the truth.
+Events have times: minutes apart within a session, hours apart between two.
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,11 @@ Array = npt.NDArray  # dtypes are given where an array is made; numpy 1.26 and 2
 SPLITS = ("train", "valid", "test")
 RECENT = 50  # events; a theme met in them still counts after its session is over
 ZIPF = 0.8  # an item's weight within its theme is (popularity rank from 1) ** -ZIPF
+STEP = 30, 600  # seconds between events of a session, from .. to
+PAUSE = 4 * 3600, 48 * 3600  # seconds between sessions
+FIRST = 1_700_000_000, 1_700_000_000 + 30 * 86_400  # when a user's first event is
+# generators beside that of the seed alone, so that what they draw changes nothing else
+TIMES, SESSION_THEMES = 1, 2
 LOGITS = {"bias": -2.9, "session": 2.6, "recent": 0.9, "category": 0.2, "popularity": 0.15}
 
 
@@ -39,11 +45,12 @@ class SyntheticSpec:
     rows: tuple[int, int, int]  # train, valid, test
     history_mean: float  # events a user, before the cut at history_max
     history_max: int
-    session_length: float  # mean events a session (geometric)
+    session_length: float  # mean events a session (geometric); inf: a user's history is one session
     seed: int = 2024
     coherence: float = 0.9  # probability that an event is of its session's theme; otherwise it is of another one
     separation: float = 1.0  # distance of two themes' image centroids / distance of an item to its own (both rms)
     label_noise: float = 0.05  # probability that a label is a fair coin
+    paired: bool = False  # sets that differ in session_length alone have the same items, users, and rows up to the target
 
     def __post_init__(self) -> None:
         needs = [
@@ -55,7 +62,7 @@ class SyntheticSpec:
             (len(self.rows) == 3 and min(self.rows) >= 0 < self.rows[0], "rows", "three counts >= 0, the first >= 1"),
             (self.history_max >= 1, "history_max", "at least 1"),
             (1 <= self.history_mean <= self.history_max, "history_mean", f"from 1 to history_max ({self.history_max})"),
-            (1 <= self.session_length < float("inf"), "session_length", "at least 1 and finite"),
+            (self.session_length >= 1, "session_length", "at least 1 (inf: no hopping)"),
             (self.seed >= 0, "seed", "at least 0"),
             (0 <= self.coherence <= 1, "coherence", "from 0 to 1"),
             (0 <= self.separation < float("inf"), "separation", "at least 0 and finite"),
@@ -90,7 +97,19 @@ TINY = SyntheticSpec(
     session_length=6,
     separation=2.0,
 )
-PRESETS = {"microvideo": MICROVIDEO, "tiny": TINY}
+HOPPING = SyntheticSpec(
+    users=4_000,
+    items=4_000,
+    categories=60,
+    image_dim=16,
+    themes=5,
+    rows=(60_000, 20_000, 40_000),
+    history_mean=100,
+    history_max=400,
+    session_length=12.5,
+    paired=True,
+)
+PRESETS = {"hopping": HOPPING, "microvideo": MICROVIDEO, "tiny": TINY}
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,7 @@ class SyntheticData:
     offsets: Array  # [users + 1] int64
     session_id: Array  # [E] int32, counting over all users
     session_theme: Array  # [E] int16, the session's theme, whatever the event's own
+    time: Array  # [E] int64 seconds, rising within a user
     rows: Mapping[str, Rows]  # by split
 
 
@@ -142,7 +162,8 @@ def generate(spec: SyntheticSpec) -> SyntheticData:
     starts[offsets[:-1]] = True
     session_id = np.cumsum(starts, dtype=np.int32) - 1
     liked, preference = _draw_preferences(spec, rng)
-    session_theme = _draw_session_themes(starts, offsets, liked, preference, rng)[session_id]
+    dice = np.random.default_rng([spec.seed, SESSION_THEMES]) if spec.paired else rng
+    session_theme = _draw_session_themes(starts, offsets, liked, preference, dice)[session_id]
     event_theme = _stray(session_theme, rng.random(len(starts)) >= spec.coherence, spec.themes, rng)
     history = draw_item(event_theme, rng)
 
@@ -174,7 +195,8 @@ def generate(spec: SyntheticSpec) -> SyntheticData:
         chosen = chosen[np.argsort(seq_len[chosen] / lengths[user[chosen]], kind="stable")]
         columns = (user.astype(np.int32), target, seq_len.astype(np.int32), click, probability)
         rows[name] = Rows(*(column[chosen] for column in columns))
-    return SyntheticData(spec, items, history, offsets, session_id, session_theme, rows)
+    event_time = _draw_times(starts, offsets, np.random.default_rng([spec.seed, TIMES]))
+    return SyntheticData(spec, items, history, offsets, session_id, session_theme, event_time, rows)
 
 
 def ceiling_auc(data: SyntheticData, split: str | None = None) -> float:
@@ -261,6 +283,14 @@ def _draw_session_themes(
         themes[first[users] + step] = liked[users, slot]
         previous[users] = slot
     return themes
+
+
+def _draw_times(starts: Array, offsets: Array, rng: np.random.Generator) -> Array:
+    """Seconds [E] int64: `STEP` between events of a session, `PAUSE` before a new one."""
+    steps, pauses = rng.integers(*STEP, size=len(starts)), rng.integers(*PAUSE, size=len(starts))
+    elapsed = np.cumsum(np.where(starts, pauses, steps))
+    first = rng.integers(*FIRST, size=len(offsets) - 1) - elapsed[offsets[:-1]]
+    return elapsed + np.repeat(first, np.diff(offsets))
 
 
 def _stray(number: Array, strays: Array | bool, count: Array | int, rng: np.random.Generator) -> Array:

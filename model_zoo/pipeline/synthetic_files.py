@@ -16,7 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_zoo.errors import DataError, UserError
+from model_zoo.pipeline.histories import SEQUENCE
 from model_zoo.pipeline.synthetic import PRESETS, SPLITS, SyntheticData, SyntheticSpec, ceiling_auc, generate
+
+TIME_COL = "full_time_seq"
+TRUTH_FILE = "truth.npz"
 
 
 def write(data: SyntheticData, out_dir: Path) -> None:
@@ -28,9 +32,13 @@ def write(data: SyntheticData, out_dir: Path) -> None:
     spec, items = data.spec, data.items
     index = np.arange(spec.items, dtype=np.int32)
     image = pa.FixedSizeListArray.from_arrays(pa.array(items.image.ravel()), spec.image_dim)
-    sequences = pa.ListArray.from_arrays(pa.array(data.offsets.astype(np.int32)), pa.array(data.history))
+    offsets = pa.array(data.offsets.astype(np.int32))
     tables = {
-        "user_info": {"user_index": np.arange(spec.users, dtype=np.int32), "full_item_seq": sequences},
+        "user_info": {
+            "user_index": np.arange(spec.users, dtype=np.int32),
+            SEQUENCE: pa.ListArray.from_arrays(offsets, pa.array(data.history)),
+            TIME_COL: pa.ListArray.from_arrays(offsets, pa.array(data.time)),
+        },
         "item_info": {
             "item_index": index,
             "item_id": index,
@@ -50,7 +58,7 @@ def write(data: SyntheticData, out_dir: Path) -> None:
             for name, table in tables.items():
                 path = unfinished / f"{name}.parquet"
                 pq.write_table(pa.table(table), path, compression="zstd", write_page_checksum=True)
-            np.savez_compressed(unfinished / "truth.npz", **truth)
+            np.savez_compressed(unfinished / TRUTH_FILE, **truth)
             for path in sorted(unfinished.iterdir()):
                 os.replace(path, out_dir / path.name)
         finally:
@@ -72,13 +80,14 @@ def dataset_config(spec: SyntheticSpec, folder: Path) -> str:
         f"name: {image}, active: True, dtype: float, type: embedding, source: item, embedding_dim: {width}, "
         'feature_encoder: "nn.Identity()"'
     )
-    lines = [f"data_root: {folder.parent}/", "data_format: parquet", *files, "rebuild_dataset: False", "feature_cols:"]
+    lines = [f"data_root: {folder.parent}/", "data_format: parquet", *files, f"time_col: {TIME_COL}"]
+    lines += ["rebuild_dataset: False", "feature_cols:"]
     lines += [f"    - {{{column}}}" for column in columns] + ["label_col: {name: is_click, dtype: float}"]
     return "\n".join([f"{folder.resolve().name}:", *(f"    {line}" for line in lines)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``--out DIR [--preset microvideo|tiny]`` and one option per field of SyntheticSpec; returns 2 for bad values."""
+    """``--out DIR [--preset NAME]`` and one option per field of SyntheticSpec; returns 2 for bad values."""
     parser = argparse.ArgumentParser(description="Generate session-hopping users in LongCTR's layout.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the files to")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="microvideo", help="values not given as options")
@@ -86,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         option = f"--{field.name.replace('_', '-')}"
         if field.name == "rows":
             parser.add_argument(option, type=int, nargs=3, metavar=("TRAIN", "VALID", "TEST"))
+        elif field.type is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction)
         else:
             parser.add_argument(option, type=float if field.type is float else int)
     args = parser.parse_args(argv)

@@ -184,8 +184,8 @@ FILES: dict[str, tuple[str, Change, str]] = {
     "no padding row": ("item_info", lambda table: table[1:], "column 'item_index' has no 0; add the padding row"),
     "a missing column": (
         "user_info",
-        lambda table: table.rename({"full_item_seq": "full_item_sequence"}),
-        "no column 'full_item_seq' (did you mean 'full_item_sequence'?)",
+        lambda table: table.rename({"full_item_seq": "full_item_seqs"}),
+        "no column 'full_item_seq' (did you mean 'full_item_seqs'?)",
     ),
 }
 

@@ -243,3 +243,19 @@ def test_a_folder_without_configs_is_refused(tmp_path: Path, folder: Path) -> No
     assert expected in refusal(tmp_path / "absent")
     (folder / "dataset_config.yaml").unlink()
     assert "holds neither dataset_config.yaml nor dataset_config/*.yaml" in refusal(folder)
+
+
+def test_a_folder_of_data_sets_alone_takes_its_experiments_from_the_usual_one(tmp_path: Path, folder: Path) -> None:
+    usual, empty = str(folder), tmp_path / "empty"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "dataset_config.yaml").write_text("shop: {train_data: other}\n")
+    expid = experiment_ids(usual)[0]
+    config = load_config(str(alone), expid, ["dataset_id=shop"], usual)
+    assert config.values["train_data"] == "other" and config.experiment.startswith(usual)
+    with pytest.raises(ConfigError, match=f"expid 'x'.*{usual}"):
+        load_config(str(alone), "x", (), usual)
+    empty.mkdir()
+    for nothing, other in ((alone, None), (empty, usual)):
+        with pytest.raises(ConfigError, match=r"holds neither model_config\.yaml"):
+            load_config(str(nothing), expid, (), other)
