@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,8 @@ from machine import ROOT
 from model_zoo.compat import FeatureMap
 from model_zoo.errors import ConfigError
 from model_zoo.experiment.collect import Row, collect, duplicates
+from model_zoo.experiment.config import dataset_section
 from model_zoo.experiment.paths import resolve_paths
-from model_zoo.experiment.sections import config_files, read_sections
 from model_zoo.experiment.statistics import spread
 from model_zoo.experiment.unfinished import CONFIG_FILE
 from model_zoo.pipeline.dataset import dataset_files, read_items
@@ -40,12 +39,8 @@ def data_set(name: str, config_dir: str | None) -> DataSet:
         DataError: its files are missing or wrong.
     """
     own = os.path.join(ROOT, "config")
-    described = config_dir if config_dir and config_files(config_dir, "dataset_config") else own
-    sections = dict(read_sections(described, "dataset_config"))
-    if name not in sections:
-        near = difflib.get_close_matches(name, sections, cutoff=0.3) or sorted(sections)
-        raise ConfigError(f"--dataset {name}: not in {described}; did you mean {' or '.join(near)}?")
-    params = {**sections[name].values, "dataset_id": name}
+    section = dataset_section(name, config_dir or own, own, "--dataset")
+    params = {**section.values, "dataset_id": name}
     resolve_paths(params, ROOT)
     feature_map = build_feature_map(params)
     files = dataset_files(params)

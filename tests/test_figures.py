@@ -197,7 +197,7 @@ def test_mistakes_are_answered_in_one_sentence(
     (lonely / "dataset_config.yaml").write_text(dataset_config(SPEC, tmp_path / "lonely"))
     mistakes = {
         "kuairand_sample: has no item vectors": ["hopping", "--dataset", "kuairand_sample"],
-        "--dataset tinny: not in": ["hopping", "--dataset", "tinny"],
+        "--dataset 'tinny' is not in": ["hopping", "--dataset", "tinny"],
         "--vectors cate_id: not an item feature with vectors; tiny has image_emb_dim16":
             ["hopping", "--dataset", "tiny", "--vectors", "cate_id"],
         "--categories x: not a categorical item feature": ["hopping", "--dataset", "tiny", "--categories", "x"],

@@ -13,7 +13,9 @@ from model_zoo.errors import ConfigError
 from model_zoo.experiment.sections import BASE, NOT_YAML, Section, config_files, read_sections
 from model_zoo.faults import Place, shown
 
-__all__ = ["BASE", "Config", "Section", "experiment_ids", "load_config", "parse_override", "read_sections"]
+__all__ = [
+    "BASE", "Config", "Section", "dataset_section", "experiment_ids", "load_config", "parse_override", "read_sections",
+]  # fmt: skip
 
 
 @dataclass
@@ -95,8 +97,7 @@ def load_config(
             given[key] = value
         except ConfigError as error:
             config.problems.append(str(error))
-    described = config_dir if datasets_dir is None or config_files(config_dir, "dataset_config") else datasets_dir
-    datasets = dict(read_sections(described, "dataset_config"))
+    described, datasets = _described(config_dir, datasets_dir)
     dataset_id = given.get("dataset_id", config.values.get("dataset_id"))
     if isinstance(dataset_id, str) and dataset_id in datasets:
         config.dataset = f"{datasets[dataset_id].path}:{datasets[dataset_id].line}"
@@ -107,6 +108,28 @@ def load_config(
     if config.dataset is None:
         config.problems.append(_no_data_set(config, datasets, described))
     return config
+
+
+def dataset_section(dataset_id: str, config_dir: str, other: str, asked_by: str) -> Section:
+    """A data set's entry.
+
+    Args:
+        other: where data sets are described if ``config_dir`` describes none.
+        asked_by: the option that named it.
+
+    Raises:
+        ConfigError: there is none of that name (with the nearest names), broken yaml.
+    """
+    described, datasets = _described(config_dir, other)
+    if dataset_id not in datasets:
+        raise ConfigError(_unknown(asked_by, dataset_id, datasets, described))
+    return datasets[dataset_id]
+
+
+def _described(config_dir: str, other: str | None) -> tuple[str, dict[str, Section]]:
+    """Where data sets are described, and their entries."""
+    described = config_dir if other is None or config_files(config_dir, "dataset_config") else other
+    return described, dict(read_sections(described, "dataset_config"))
 
 
 def _models_folder(config_dir: str, other: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import time
 from collections.abc import Sequence
@@ -52,8 +51,7 @@ def main(root: str, arguments: Sequence[str] | None = None) -> int:
 
 def _params(root: str, options: argparse.Namespace) -> dict[str, Any]:
     """The data set's entry, or the whole experiment's config."""
-    from model_zoo.experiment.config import load_config
-    from model_zoo.experiment.sections import config_files, read_sections
+    from model_zoo.experiment.config import dataset_section, load_config
 
     own = os.path.join(root, "config")
     config_dir = options.config or own
@@ -63,12 +61,7 @@ def _params(root: str, options: argparse.Namespace) -> dict[str, Any]:
         config = load_config(config_dir, options.expid, [f"dataset_id={options.dataset_id}"], own)
         config.set("model_id", config.expid, "--expid")
         return validate(config)
-    described = config_dir if config_files(config_dir, "dataset_config") else own
-    sections = dict(read_sections(described, "dataset_config"))
-    if options.dataset_id not in sections:
-        near = difflib.get_close_matches(options.dataset_id, sections, cutoff=0.3) or sorted(sections)
-        raise ConfigError(f"DATASET_ID '{options.dataset_id}' is not in {described}; did you mean {' or '.join(near)}?")
-    section = sections[options.dataset_id]
+    section = dataset_section(options.dataset_id, config_dir, own, "DATASET_ID")
     missing = [key for key in REQUIRED if key not in section.values]
     if missing:
         where = f"{section.path}:{section.line}"

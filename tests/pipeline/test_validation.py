@@ -367,7 +367,7 @@ def test_the_command_prints_the_report_and_answers_with_a_code(
     out = capsys.readouterr().out
     assert "no such file" in out and "LongCTR goes by position" in out
     assert main(str(root), ["shp", *command]) == 2
-    assert "did you mean shop?" in capsys.readouterr().err
+    assert "; nearest: shop" in capsys.readouterr().err
 
 
 def test_an_experiment_brings_its_metrics_and_group(
