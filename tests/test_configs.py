@@ -32,6 +32,7 @@ OPTION_GRIDS = {
     "study_taxonomy": (
         ("kuairand_sample", 50), ("codebook_init", "taxonomy_weight"), set(product(("kmeans", "taxonomy"), (0.0, 0.01))),
     ),
+    "study_unrouted": (("Ebnerd_demo", 100), ("n_item_experts", "n_window_experts"), {(1, 0)}),
 }  # fmt: skip
 OPTION_PATHS = {name: ROOT / "benchmark" / "grids" / f"{name}.yaml" for name in OPTION_GRIDS}
 GRIDS = sorted({*(ROOT / "benchmark" / "grids").glob("*.yaml")} - {*STUDY_GRIDS, *OPTION_PATHS.values()})
