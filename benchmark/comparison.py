@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model_zoo.experiment.collect import Row, duplicates
+from model_zoo.experiment.collect import Row, duplicates, merits
 from model_zoo.experiment.statistics import PairedDifference, Spread, paired_difference, ranks, spread
 from model_zoo.registry import BACKBONES, METHODS
 
@@ -168,15 +168,9 @@ def _entry(name: str, rows: list[Row], place: Place, notes: list[str]) -> Entry:
         notes.append(f"{where}: a configuration without validation figures is not chosen")
     if len({row.monitor for row in rows}) > 1:
         notes.append(f"{where}: its configurations were monitored by different figures, so their choice is arbitrary")
-
-    def merit(config: str) -> tuple[int, float, str]:
-        figures = [row.monitored for row in configs[config].values()]
-        known = [figure for figure in figures if figure is not None]
-        mean = sum(known) / len(known) if len(known) == len(figures) else float("-inf")
-        return (len(figures) if mean > float("-inf") else 0, mean, config)
-
-    chosen = max(configs, key=merit)
-    better = [config for config in configs if merit(config)[1] > merit(chosen)[1]]
+    merit = merits(rows)
+    chosen = max(configs, key=lambda config: merit[config])
+    better = [config for config in configs if merit[config][1] > merit[chosen][1]]
     if better:
         notes.append(
             f"{where}: {len(better)} configuration(s) with fewer seeds validate better than the one shown "

@@ -1,4 +1,5 @@
-"""Each point is a model's mean over seeds; n (experts), k (kept per token) and s (window stride) stand beside it.
+"""Each point is a model's mean over seeds; n (experts), k (kept per token) and s (window stride) stand beside it. Of
+several configurations of one such setting the point is the one with the most seeds, of these the best on validation.
 
 Two rules count operations of one row's prediction. ``run``: as PyTorch runs them, embedding, block and head, the mean
 over the first validation rows: what depends on an item or a history alone runs once for all their rows, and of the experts
@@ -18,7 +19,7 @@ from figures_data import finished_runs, latest, mean_scores, method_settings, on
 
 from model_zoo.analysis.trained_run import load_trained
 from model_zoo.errors import ConfigError, UserError
-from model_zoo.experiment.collect import Row
+from model_zoo.experiment.collect import Row, merits
 from model_zoo.experiment.record_flops import count_flops
 from model_zoo.experiment.report import table
 
@@ -50,8 +51,8 @@ def command(chosen: argparse.Namespace) -> None:
         raise ConfigError(f"--max-len {chosen.max_len}: no run has it; there are {', '.join(map(str, lengths))}")
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row.model, row.config].append(row)
-    points = [_point(group, found.records, chosen) for group in groups.values()]
+        groups[row.model, _setting(row, found.records)].append(row)
+    points = [_point(_best(group), setting, found.records, chosen) for (_, setting), group in groups.items()]
     points = _with_operations(points, chosen.count)
     metrics = [metric for metric in chosen.metrics if any(metric in point for point in points)]
     if not points or not metrics:
@@ -102,10 +103,24 @@ def draw(points: list[dict[str, Any]], metrics: list[str], title: str, rule: str
     return figure
 
 
-def _point(rows: list[Row], found: dict[str, dict[str, Any]], chosen: argparse.Namespace) -> dict[str, Any]:
+def _setting(row: Row, found: dict[str, dict[str, Any]]) -> str:
+    parts = [method_settings(found[row.path]).get("shown", ""), "head dot" if row.head == "dot" else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _best(rows: list[Row]) -> list[Row]:
+    """Of several configurations of one setting, the runs of the one that `merits` chooses."""
+    merit = merits(rows)
+    chosen = max(merit, key=lambda config: merit[config])
+    if len(merit) > 1:
+        print(f"{rows[0].model}: of {len(merit)} configurations the best on validation, {chosen}")
+    return [row for row in rows if row.config == chosen]
+
+
+def _point(
+    rows: list[Row], setting: str, found: dict[str, dict[str, Any]], chosen: argparse.Namespace
+) -> dict[str, Any]:
     record = found[rows[0].path]
-    parts = [method_settings(record).get("shown", ""), "head dot" if rows[0].head == "dot" else ""]
-    setting = ", ".join(part for part in parts if part)
     point = {"model": rows[0].model, "method": rows[0].method, "backbone": rows[0].backbone, "setting": setting}
     return {**point, **mean_scores(rows, chosen.split, chosen.metrics), "flops": _flops(rows[0], record, chosen.runs)}
 

@@ -130,6 +130,24 @@ def duplicates(rows: Iterable[Row]) -> list[list[Row]]:
     return [sorted(group, key=lambda row: (row.finished, row.path)) for group in groups.values() if len(group) > 1]
 
 
+def merits(rows: Iterable[Row]) -> dict[str, tuple[int, float, str]]:
+    """Which of a model's configurations stands for it: the greatest; test scores have no part in it.
+
+    Returns:
+        Digest of each to its seeds, their mean figure on validation (0 and -inf if a seed has none) and, to decide between
+        equals, the digest.
+    """
+    figures: dict[str, dict[int, float | None]] = defaultdict(dict)
+    for row in rows:
+        figures[row.config][row.seed] = row.monitored
+    found = {}
+    for config, by_seed in figures.items():
+        known = [figure for figure in by_seed.values() if figure is not None]
+        sound = len(known) == len(by_seed)
+        found[config] = (len(known), sum(known) / len(known), config) if sound else (0, float("-inf"), config)
+    return found
+
+
 def row_of(record: Mapping[str, Any], path: str) -> Row:
     """A record's row.
 

@@ -17,7 +17,7 @@ from run_records import MICRO, result, save
 
 from model_zoo.errors import ConfigError
 from model_zoo.experiment import record
-from model_zoo.experiment.collect import collect, config_digest, duplicates, row_of, split_model
+from model_zoo.experiment.collect import collect, config_digest, duplicates, merits, row_of, split_model
 from model_zoo.experiment.record_flops import count_flops
 from model_zoo.experiment.run import build_model
 from model_zoo.pipeline.dataset import CTRDataset
@@ -192,3 +192,14 @@ def test_published_records_name_no_place_and_compare_alike(tmp_path: Path, scrip
         assert str(tmp_path) not in path.read_text() and "/somewhere" not in path.read_text()
     own, theirs = ([(row.identity, row.scores) for row in collect([str(where)]).rows] for where in (runs, public))
     assert own == theirs
+
+
+def test_the_configuration_with_most_seeds_stands_for_a_model_then_the_best_on_validation(tmp_path: Path) -> None:
+    few, many, worse = ({"topk": topk} for topk in (1, 2, 3))
+    found = [result("TWIN", 1, 0.9, **few), *(result("TWIN", seed, 0.7, **many) for seed in (1, 2))]
+    found += [result("TWIN", seed, 0.6, **worse) for seed in (1, 2)]
+    rows = collect([str(save(tmp_path / "runs", *found))]).rows
+    merit = merits(rows)
+    best = max(merit, key=lambda config: merit[config])
+    assert [row.scores["test"]["AUC"] for row in rows if row.config == best] == [0.7, 0.7]
+    assert sorted(seeds for seeds, _, _ in merit.values()) == [1, 2, 2]
