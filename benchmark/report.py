@@ -17,6 +17,7 @@ from report_html import page
 
 from model_zoo.analysis.router_view import has_view, router_view
 from model_zoo.errors import ConfigError, UserError, answered
+from model_zoo.experiment.unfinished import CONFIG_FILE
 from model_zoo.files import write_whole
 
 #: metrics that come first, in this order
@@ -59,6 +60,9 @@ def views_of(runs: list[FinishedRun], which: str) -> dict[str, dict[str, object]
             continue
         if which == "none" or not (id(run) in chosen or has_view(run.folder)):
             found[run.folder] = "Not computed for this run: make the page with --router all."
+            continue
+        if not has_view(run.folder) and not os.path.exists(os.path.join(run.folder, CONFIG_FILE)):
+            found[run.folder] = "Only the record of this run is here; a page made where its folder is shows more."
             continue
         try:
             found[run.folder] = router_view(run.folder)

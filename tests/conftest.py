@@ -193,7 +193,7 @@ def run_expid() -> Callable[..., Answer]:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], kept_logging: None) -> Callable[..., Answer]:
+def cli(capsys: pytest.CaptureFixture[str], kept_logging: None, kept_registry: None) -> Callable[..., Answer]:
     """``cli(*arguments, root=...)``: the same in this process; any exception but a clean exit reaches the test."""
     from model_zoo.experiment.cli import main
 
@@ -216,6 +216,20 @@ def kept_logging() -> Iterator[None]:
     handlers, level = logger.handlers[:], logger.level
     yield
     logger.handlers[:], logger.level = handlers, level
+
+
+@pytest.fixture
+def kept_registry() -> Iterator[None]:
+    """The registry's models as they were, after a test that registered more."""
+    from model_zoo import registry
+
+    backbones, methods = dict(registry.BACKBONES), dict(registry.METHODS)
+    yield
+    for kept, known in ((backbones, registry.BACKBONES), (methods, registry.METHODS)):
+        if known.keys() != kept.keys():
+            known.clear()
+            known.update(kept)
+            registry.get_model.cache_clear()
 
 
 @pytest.fixture(scope="session")

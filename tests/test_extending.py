@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,9 @@ SUITE = {
 
 
 @pytest.fixture
-def registered() -> Iterator[None]:
+def registered(kept_registry: None) -> None:
     """The example's models, for one test."""
-    backbones, methods = dict(registry.BACKBONES), dict(registry.METHODS)
     load_plugin(str(EXAMPLE))
-    yield
-    for kept, known in ((backbones, registry.BACKBONES), (methods, registry.METHODS)):
-        known.clear()
-        known.update(kept)
-    registry.get_model.cache_clear()
 
 
 def test_the_page_shows_the_example_as_it_is() -> None:

@@ -166,6 +166,15 @@ def test_the_page_says_why_a_run_has_no_view(
     assert reasons[0] == (True, None) and not reasons[1][0] and "no such checkpoint" in reasons[1][1]
 
 
+def test_of_a_record_alone_the_page_says_that_there_is_no_more(
+    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "runs", record("MoS_TWIN"))
+    (run,) = write(report, tmp_path / "runs").data["runs"]
+    assert run["view"] is None and run["no_view"].startswith("Only the record of this run is here")
+    assert not capsys.readouterr().err
+
+
 def test_a_browser_shows_it_at_desktop_and_phone_width(
     report: ModuleType, tiny_params: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
