@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from model_zoo.errors import ConfigError
-from model_zoo.experiment.config import Config, load_config
+from model_zoo.experiment.config import Config, load_config, parse_override
 from model_zoo.experiment.sections import Section, read_mapping
 from model_zoo.faults import nearest, refusal, shown
 
@@ -73,22 +74,26 @@ class Space:
         return f"{config.values.get('model')}_{config.values.get('dataset_id')}"
 
 
-def read_space(path: str, root: str) -> Space:
+def read_space(path: str, root: str, overrides: Iterable[str] = ()) -> Space:
     """A tuner file.
 
     Args:
         root: the repository; a ``base_config`` is looked for from the working directory, from there, and beside the file.
+        overrides: ``key=value`` of the space, a value or a list of them as in the file, in place of what the file has.
 
     Raises:
         ConfigError: unreadable, an unknown key, an empty space, no such base or data set; all that is wrong at once.
     """
     section = read_mapping(path, f"{', '.join(GRID_KEYS)} to their values")
+    given = dict(map(parse_override, overrides))
+    if "dataset_id" in given:  # wherever the file names its data sets
+        section.values.pop("dataset_id", None)
     problems = [
         f"{path}:{section.lines[(key,)]}: unknown key '{key}' of a tuner file{nearest(key, GRID_KEYS)}"
         for key in section.values
         if key not in GRID_KEYS
     ]
-    axes, ranges, wrong = _space(section)
+    axes, ranges, wrong = _space(section, given)
     problems += wrong
     bases: list[Config] = []
     expid = section.values.get("base_expid")
@@ -109,7 +114,9 @@ def read_space(path: str, root: str) -> Space:
     return Space(name, path, tuple(bases), axes, ranges, expid, fixed_name)
 
 
-def _space(section: Section) -> tuple[dict[str, list[tuple[Any, str]]], dict[str, Range], list[str]]:
+def _space(
+    section: Section, given: dict[str, Any]
+) -> tuple[dict[str, list[tuple[Any, str]]], dict[str, Range], list[str]]:
     """Axes, ranges and what is wrong with them; a value that is no list is an axis of one."""
     space = section.values.get("tuner_space")
     line = section.lines.get(("tuner_space",))
@@ -119,14 +126,15 @@ def _space(section: Section) -> tuple[dict[str, list[tuple[Any, str]]], dict[str
     axes: dict[str, list[tuple[Any, str]]] = {}
     ranges: dict[str, Range] = {}
     problems = []
-    for key, value in space.items():
+    for key, value in {**space, **given}.items():
         place = ("tuner_space", key)
-        where = f"{section.path}:{section.lines.get(place, line)}"
+        lines = {} if key in given else section.lines
+        where = "--set" if key in given else f"{section.path}:{lines.get(place, line)}"
         if isinstance(value, list):
             if not value:
                 problems.append(f"{where}: {key}: [] holds no value, so the space is empty; give at least one")
-            lines = [section.lines.get((*place, number)) for number in range(len(value))]
-            axes[key] = [(each, f"{section.path}:{at}" if at else where) for each, at in zip(value, lines, strict=True)]
+            numbers = [lines.get((*place, number)) for number in range(len(value))]
+            axes[key] = [(each, f"{section.path}:{at}" if at else where) for each, at in zip(value, numbers, strict=True)]
         elif isinstance(value, dict) and value.keys() >= {"low", "high"} and value.keys() <= RANGE_KEYS:
             ranges[key] = found = Range(
                 value["low"], value["high"], value.get("log", False), value.get("step"), where

@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("--config", required=True, metavar="FILE", help="tuner yaml file, or a folder of experiments")
     add("--tag", help="only the runs whose id contains it, such as 001 for the first")
+    add("--set", metavar="KEY=VALUE", action="append", default=[],
+        help="of tuner_space, a value or a list of them instead of the file's; repeatable")  # fmt: skip
     add("--gpu", type=int, nargs="+", default=[-1], metavar="N",
         help="CUDA devices, one run at a time on each; -1 = CPU (default); one named twice takes two")  # fmt: skip
     add("--seeds", type=int, nargs="+", metavar="N", help="run each configuration with each of these")
@@ -111,9 +113,11 @@ def _read(root: str, options: argparse.Namespace, files_in: str | None) -> tuple
     if os.path.isdir(options.config):
         if options.search == "optuna":
             raise ConfigError(f"--config {options.config}: is a folder of experiments; a search needs a tuner file")
+        if options.set:
+            raise ConfigError(f"--config {options.config}: its experiments run as they are; --set is for a tuner file")
         datasets = os.path.join(root, "config")
         return None, points_in(options.config, datasets, options.tag, options.seeds, files_in)
-    space = read_space(options.config, root)
+    space = read_space(options.config, root, options.set)
     if options.search == "optuna":
         return space, None
     return space, points_of(space, options.seeds, files_in).tagged(options.tag)

@@ -1,6 +1,7 @@
 """Tuner files: which runs they mean, what these are called, and what is refused before any of them."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -43,6 +44,35 @@ def refused(path: Path) -> str:
     with pytest.raises(ConfigError) as error:
         read(path)
     return str(error.value)
+
+
+def test_set_takes_the_place_of_values_of_the_space(make: Make) -> None:
+    path = make({"topk": [8, 4], "num_heads": [1, 2]})
+    for given, same in (
+        (["topk=2"], {"topk": [2], "num_heads": [1, 2]}),
+        (["topk=[2, 1]", "learning_rate=0.1"], {"topk": [2, 1], "num_heads": [1, 2], "learning_rate": [0.1]}),
+    ):
+        points = points_of(read_space(str(path), str(ROOT), given)).points
+        assert [point.expid for point in points] == [point.expid for point in read(make(same)).points]
+        make({"topk": [8, 4], "num_heads": [1, 2]})
+
+
+def test_set_chooses_data_sets_wherever_the_file_names_them(make: Make) -> None:
+    for top, space in (({"dataset_id": ["nowhere", "tiny"]}, {"topk": 8}), ({}, {"topk": 8, "dataset_id": ["nowhere"]})):
+        points = points_of(read_space(str(make(space, **top)), str(ROOT), ["dataset_id=tiny"])).points
+        assert [point.params["dataset_id"] for point in points] == ["tiny"]
+
+
+def test_what_is_wrong_with_set_is_said_of_set(make: Make) -> None:
+    path = str(make({"topk": [8]}))
+    for given, said in (
+        ("topk=[]", "--set: topk: [] holds no value"),
+        ("topk={low: 9, high: 2}", "--set: topk: {'high': 2, 'low': 9}: low must be below high"),
+        ("topkk=3", "--set: unknown key 'topkk' for model TWIN; did you mean 'topk'?"),
+        ("topk", "--set topk: write it as key=value"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            points_of(read_space(path, str(ROOT), [given]))
 
 
 # ---- ids -------------------------------------------------------------------------------------------------------------

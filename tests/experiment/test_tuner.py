@@ -108,6 +108,14 @@ def test_devices_take_turns_and_cores_are_shared(
     assert {call["threads"] for call in calls} == {"2"} and {call["gpu"] for call in calls} == {-1}
 
 
+def test_set_chooses_among_the_files_values_and_a_folder_has_none(shop: Workshop, tune: Tune) -> None:
+    path = shop.grid(shop.space(topk=[8, 4, 2], seed=[1, 2]))
+    assert tune(path, "--set", "topk=[4, 1]", "--set", "seed=2").code == 0
+    assert sorted(call["who"] for call in shop.calls()) == [[1, 2], [4, 2]]
+    folder = tune(shop.runs / "grids" / "g", "--set", "topk=4")
+    assert folder.code == 2 and "its experiments run as they are; --set is for a tuner file" in folder.err
+
+
 def test_a_dry_run_lists_the_runs_and_starts_none(shop: Workshop, tune: Tune) -> None:
     tune(shop.grid(shop.space(topk=[8], seed=1), "first"))
     shown = tune(shop.grid(shop.space(topk=[8, 4], seed=1, verbose=[0, 1])), "--dry-run")
