@@ -18,6 +18,7 @@ T = TypeVar("T")
 BASE = "Base"
 #: what the yaml reader raises for text that is no yaml: also values such as the date 2024-13-45, or brackets without end
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+MERGE = "tag:yaml.org,2002:merge"
 #: entries of a list, and keys in them, have places; what is deeper has that of what holds it
 DEPTH = 3
 
@@ -120,9 +121,46 @@ def _refuse(path: str, faults: Iterable[tuple[int, str]]) -> None:
 
 
 def _section(path: str, loader: yaml.SafeLoader, name: yaml.Node, node: yaml.MappingNode) -> Section:
-    loader.flatten_mapping(node)
+    _merge(node, {})
     values = loader.construct_object(node, deep=True)
     return Section(path, name.start_mark.line + 1, values, dict(_lines(node, ())))
+
+
+def _merge(node: yaml.Node, ready: dict[int, bool]) -> None:
+    """Put what merge keys name in their place, at any depth: a mapping's own keys win, then the first that is named.
+
+    PyYAML's own way of doing so, and what a call of it leaves behind, changes from version to version.
+
+    Args:
+        ready: by id, the nodes that are done (True) or under way.
+
+    Raises:
+        yaml.constructor.ConstructorError: a merge key names no mapping, or one that it stands in.
+    """
+    if id(node) in ready or not isinstance(node, yaml.CollectionNode):
+        return
+    ready[id(node)] = False
+    for child in node.value if isinstance(node, yaml.SequenceNode) else [value for _, value in node.value]:
+        _merge(child, ready)
+    if isinstance(node, yaml.MappingNode):
+        pairs: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for source in _sources(node):
+            if not isinstance(source, yaml.MappingNode) or not ready[id(source)]:
+                what = "one that it stands in" if isinstance(source, yaml.MappingNode) else "another thing"
+                fault = f"<< must name a mapping, or a list of them, not {what}"
+                raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
+            for key, value in source.value:
+                pairs.setdefault(key.value, (key, value))
+        pairs.update({key.value: (key, value) for key, value in node.value if key.tag != MERGE})
+        node.value = list(pairs.values())
+    ready[id(node)] = True
+
+
+def _sources(node: yaml.MappingNode) -> Iterator[yaml.Node]:
+    """What a mapping's merge keys name, one by one."""
+    for key, value in node.value:
+        if key.tag == MERGE:
+            yield from value.value if isinstance(value, yaml.SequenceNode) else [value]
 
 
 def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
@@ -178,7 +216,7 @@ def _bad_keys(name: str, node: yaml.MappingNode, checked: set[int]) -> Iterator[
     seen: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
-        if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+        if key.tag not in ("tag:yaml.org,2002:str", MERGE):
             given = f"'{key.value}'" if isinstance(key, yaml.ScalarNode) else "a list or mapping"
             yield line, f"'{name}' has {given} for a key, which is not text; put it in quotes"
             continue

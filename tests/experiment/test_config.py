@@ -72,6 +72,21 @@ def test_merge_keys_the_section_wins_then_the_first_merged(folder: Path) -> None
     assert values["train_data"] == "other/train.parquet"
 
 
+def test_merged_keys_are_those_of_yaml_at_any_depth(folder: Path) -> None:
+    text = "A: &a {x: 1, y: {z: 2}}\nB: &b\n  <<: *a\n  x: 3\nC:\n  d: {<<: [*b, {w: 5, x: 6}], v: 4}\n  e: [{<<: *b}]\n"
+    (folder / "model_config.yaml").write_text(text)
+    sections = {name: section for name, section in read_sections(str(folder), "model_config")}
+    assert sections["B"].values == {"x": 3, "y": {"z": 2}} and list(sections["B"].values) == ["x", "y"]
+    assert sections["C"].values == {"d": {"x": 3, "y": {"z": 2}, "w": 5, "v": 4}, "e": [{"x": 3, "y": {"z": 2}}]}
+    assert sections["B"].lines[("x",)] == 4 and sections["B"].lines[("y",)] == 1
+
+
+def test_aliases_of_aliases_cost_what_they_take_to_write(folder: Path) -> None:
+    lines = ["A: {x0: &x0 [1]}"] + [f"B{n}: {{x: &x{n} [*x{n - 1}, *x{n - 1}]}}" for n in range(1, 40)]
+    (folder / "model_config.yaml").write_text("\n".join(lines))
+    assert len(read_sections(str(folder), "model_config")) == 40
+
+
 def test_the_data_set_may_be_set_on_the_command_line(folder: Path) -> None:
     config = load_config(str(folder), "TWIN_shop", ["dataset_id=other"])
     assert config.values["train_data"] == "other/train.parquet" and config.values["epochs"] == 6
@@ -209,6 +224,11 @@ BROKEN = {
     "brackets without end": ("A: " + "[" * 1_200, "model_config.yaml: not valid yaml: "),
     "a value in itself": ("A: &a {x: *a}\n", "model_config.yaml:1: not valid yaml: found unconstructable recursive node"),
     "a list in itself": ("A: &a {x: [*a]}\n", "model_config.yaml:1: not valid yaml: found unconstructable recursive node"),
+    "a mapping merged into itself": (
+        "A: &a\n  x: 1\n  <<: *a\n", "model_config.yaml:1: not valid yaml: << must name a mapping, or a list of them"
+    ),
+    "a text merged": ("A:\n  <<: shop\n", "model_config.yaml:2: not valid yaml: << must name a mapping"),
+    "a text merged among mappings": ("A:\n  <<: [{x: 1}, shop]\n", "model_config.yaml:2: not valid yaml: << must name"),
     "unknown alias": ("A:\n  <<: *nothing\n", "model_config.yaml:2: not valid yaml: found undefined alias 'nothing'"),
     "a tag": ("A: {x: !!python/object:os.system 1}\n", "model_config.yaml:1: not valid yaml: could not determine a con"),
     "a number for a key": ("A:\n  1: x\n", "model_config.yaml:2: 'A' has '1' for a key, which is not text; put it in"),
