@@ -85,10 +85,17 @@ def read_space(path: str, root: str, overrides: Iterable[str] = ()) -> Space:
         ConfigError: unreadable, an unknown key, an empty space, no such base or data set; all that is wrong at once.
     """
     section = read_mapping(path, f"{', '.join(GRID_KEYS)} to their values")
-    given = dict(map(parse_override, overrides))
+    given: dict[str, Any] = {}
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            key, value = parse_override(text)
+            given[key] = value
+        except ConfigError as error:
+            problems.append(str(error))
     if "dataset_id" in given:  # wherever the file names its data sets
         section.values.pop("dataset_id", None)
-    problems = [
+    problems += [
         f"{path}:{section.lines[(key,)]}: unknown key '{key}' of a tuner file{nearest(key, GRID_KEYS)}"
         for key in section.values
         if key not in GRID_KEYS

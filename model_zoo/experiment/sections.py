@@ -223,7 +223,6 @@ def _bad_keys(name: str, node: yaml.MappingNode, checked: set[int]) -> Iterator[
         if key.value in seen and key.value != "<<":
             yield line, f"'{name}' sets '{key.value}' twice (also on line {seen[key.value]}); take one of them out"
         seen[key.value] = line
-        if key.value != "<<":
-            for child in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                if isinstance(child, yaml.MappingNode):
-                    yield from _bad_keys(f"{name}: {key.value}", child, checked)
+        for child in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(child, yaml.MappingNode):
+                yield from _bad_keys(f"{name}: {key.value}", child, checked)

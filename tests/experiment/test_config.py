@@ -229,6 +229,15 @@ BROKEN = {
     ),
     "a text merged": ("A:\n  <<: shop\n", "model_config.yaml:2: not valid yaml: << must name a mapping"),
     "a text merged among mappings": ("A:\n  <<: [{x: 1}, shop]\n", "model_config.yaml:2: not valid yaml: << must name"),
+    "a list for a key of what is merged": (
+        "A:\n  <<: {[1]: 2}\n", "model_config.yaml:2: 'A: <<' has a list or mapping for a key, which is not text"
+    ),
+    "a number for a key of what is merged": (
+        "A:\n  <<: [{x: 1}, {1: 2}]\n", "model_config.yaml:2: 'A: <<' has '1' for a key, which is not text"
+    ),
+    "a key twice in what is merged": (
+        "A:\n  <<: {x: 1, x: 2}\n", "model_config.yaml:2: 'A: <<' sets 'x' twice (also on line 2); take one of them out"
+    ),
     "unknown alias": ("A:\n  <<: *nothing\n", "model_config.yaml:2: not valid yaml: found undefined alias 'nothing'"),
     "a tag": ("A: {x: !!python/object:os.system 1}\n", "model_config.yaml:1: not valid yaml: could not determine a con"),
     "a number for a key": ("A:\n  1: x\n", "model_config.yaml:2: 'A' has '1' for a key, which is not text; put it in"),

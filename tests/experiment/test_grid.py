@@ -73,6 +73,9 @@ def test_what_is_wrong_with_set_is_said_of_set(make: Make) -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             points_of(read_space(path, str(ROOT), [given]))
+    with pytest.raises(ConfigError) as error:
+        read_space(path, str(ROOT), ["topk", "num_heads=[]"])
+    assert "--set topk: write it" in str(error.value) and "num_heads: [] holds no value" in str(error.value), "both at once"
 
 
 # ---- ids -------------------------------------------------------------------------------------------------------------
