@@ -151,8 +151,9 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = u.new_empty(u.shape)
         for rows in row_slices(len(u), u[0].numel() if len(u) else 0, u.device):
-            _, before = _shifted_sum(u[rows], mask[rows], weight, bias)
-            out[rows] = F.silu(before).masked_fill_(~mask[rows].unsqueeze(2), 0)
+            padding = _padding(mask[rows])
+            _, before = _shifted_sum(u[rows], padding, weight, bias)
+            out[rows] = _zero_at(padding, F.silu(before))
         ctx.save_for_backward(u, mask, weight, bias)
         return out
 
@@ -164,23 +165,32 @@ class _CausalConv(torch.autograd.Function):
         dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
         length, taps = u.shape[1], weight.shape[1]
         for rows in row_slices(len(u), u[0].numel() if len(u) else 0, u.device):
-            padding = ~mask[rows].unsqueeze(2)
-            padded, before = _shifted_sum(u[rows], mask[rows], weight, bias)
+            padding = _padding(mask[rows])
+            padded, before = _shifted_sum(u[rows], padding, weight, bias)
             gate = torch.sigmoid(before)
-            dbefore = gate * (1 + before * (1 - gate)) * grad[rows].masked_fill(padding, 0)
+            dbefore = gate * (1 + before * (1 - gate)) * _zero_at(padding, grad[rows])
             dbias += dbefore.sum((0, 1))
             dpadded = torch.zeros_like(padded)
             for tap in range(taps):
                 dweight[:, tap] += (dbefore * padded[:, tap : tap + length]).sum((0, 1))
                 dpadded[:, tap : tap + length].addcmul_(dbefore, weight[:, tap])
-            du[rows] = dpadded[:, taps - 1 :].masked_fill_(padding, 0)
+            du[rows] = _zero_at(padding, dpadded[:, taps - 1 :])
         return du, None, dweight, dbias
 
 
-def _shifted_sum(u: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _padding(mask: Tensor) -> Tensor | None:
+    """``[b, T, 1]``, True at padding; None if a CPU sees that there is none (a GPU is not waited for)."""
+    return None if mask.device.type == "cpu" and bool(mask.all()) else ~mask.unsqueeze(2)
+
+
+def _zero_at(padding: Tensor | None, values: Tensor) -> Tensor:
+    return values if padding is None else values.masked_fill(padding, 0)
+
+
+def _shifted_sum(u: Tensor, padding: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """``u`` with K - 1 zeros before it, padding zeroed, in the weight's precision; and the convolution before SiLU."""
     length, taps = u.shape[1], weight.shape[1]
-    padded = F.pad(u.to(weight.dtype).masked_fill(~mask.unsqueeze(2), 0), (0, 0, taps - 1, 0))
+    padded = F.pad(_zero_at(padding, u.to(weight.dtype)), (0, 0, taps - 1, 0))
     before = bias.repeat(*u.shape[:2], 1)
     for tap in range(taps):
         before.addcmul_(padded[:, tap : tap + length], weight[:, tap])

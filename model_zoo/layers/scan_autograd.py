@@ -1,7 +1,8 @@
 """The selective scan's two autograd functions: loops over time whose states stay in cache, nothing kept per position.
 
 ``[B, L, channels, states]`` never exists: the loops run over the states of a few batch rows at a time, and backward
-computes them again.
+computes them again. Tensors are ``[b, ..., channels]`` throughout; `LastState` puts the batch innermost in memory where
+channels are few, for a kernel whose inner loop runs over 16 of them is mostly overhead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 #: floats of one working tensor: a CPU core's cache; on a GPU enough for one kernel to outlast its launch
 SLICE_FLOATS = {"cpu": 2**17, "cuda": 2**23}
+#: channels up to which a longer batch is worth two transposes
+NARROW = 64
 
 
 def row_slices(batch: int, floats: int, device: torch.device) -> Iterator[slice]:
@@ -32,6 +35,36 @@ def _parts(u: Tensor, states: int, lengths: Tensor | None) -> Iterator[tuple[sli
     for rows in row_slices(batch, channels * states, u.device):
         if max(longest[rows]):
             yield rows, slice(length - max(longest[rows]), length)
+
+
+def _turned(part: tuple[slice, slice], u: Tensor) -> bool:
+    """Whether a part is worked on with its batch innermost in memory: where a CPU's inner loops get longer by it."""
+    return u.device.type == "cpu" and u.shape[2] <= NARROW and u.shape[2] < part[0].stop - part[0].start
+
+
+def _take(tensor: Tensor, part: tuple[slice, slice], turned: bool) -> Tensor:
+    """``tensor[part]``, ``[b, T, width]``; in memory ``[T, width, b]`` if turned."""
+    taken = tensor[part]
+    if not turned:
+        return taken
+    return taken.flatten(1).t().contiguous().view(*taken.shape[1:], -1).permute(2, 0, 1)
+
+
+def _put(tensor: Tensor, part: tuple[slice, slice], values: Tensor, turned: bool) -> None:
+    """``tensor[part] = values``; a turned one goes by way of the matrix that torch transposes in blocks."""
+    if turned:
+        by_row = values.permute(1, 2, 0).flatten(0, 1).t()
+        if tensor[part].is_contiguous():
+            tensor[part].flatten(1).copy_(by_row)
+            return
+        values = by_row.contiguous().view(values.shape)
+    tensor[part] = values
+
+
+def _zero_states(step: Tensor, states: int, turned: bool) -> Tensor:
+    """Zeros ``[b, states, channels]`` in the memory order of ``step [b, T, channels]``."""
+    rows, _, channels = step.shape
+    return step.new_zeros(states, channels, rows).permute(2, 0, 1) if turned else step.new_zeros(rows, states, channels)
 
 
 def _advance(before: Tensor, after: Tensor, decay: Tensor, A: Tensor, step: Tensor, x: Tensor, b: Tensor) -> None:
@@ -123,11 +156,14 @@ class LastState(torch.autograd.Function):
         A = A.T.contiguous()
         states = u.new_zeros(u.shape[0], *A.shape)
         for part in _parts(u, len(A), lengths):
-            step = F.softplus(delta[part] + bias)
-            x, b, h = step * u[part], B[part], states[part[0]]
+            turned = _turned(part, u)
+            step = F.softplus(_take(delta, part, turned) + bias)
+            x, b = step * _take(u, part, turned), _take(B, part, turned)
+            h = _zero_states(step, len(A), turned)
             decay = torch.empty_like(h)
             for t in range(x.shape[1]):
                 _advance(h, h, decay, A, step[:, t], x[:, t], b[:, t])
+            states[part[0]] = h
         ctx.save_for_backward(u, delta, A, B, bias, lengths)
         return states
 
@@ -141,24 +177,29 @@ class LastState(torch.autograd.Function):
         # no sum, and their products stay normal numbers
         lowest = math.log(torch.finfo(u.dtype).tiny) / 2
         for part in _parts(u, len(A), lengths):
-            raw = delta[part] + bias
+            turned = _turned(part, u)
+            raw = _take(delta, part, turned) + bias
             step = F.softplus(raw)
-            x, b, dh = step * u[part], B[part], grad[part[0]].contiguous()  # the working tensors take its layout
-            # S_L - S_j as the sum of the later steps, which cancels nothing
-            rest = F.pad(step[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
-            x_rest = x * rest
-            dx, drest = torch.zeros_like(x), torch.zeros_like(x)
+            u_part, b = _take(u, part, turned), _take(B, part, turned)
+            x = step * u_part
+            dh = _zero_states(step, len(A), turned).copy_(grad[part[0]])
+            dx, drest, db = torch.empty_like(x), torch.empty_like(x), torch.empty_like(b)
             weight, product, dA_rows = (torch.zeros_like(dh) for _ in range(3))
-            for t in range(x.shape[1]):
-                torch.mul(rest[:, t, None], A, out=weight).clamp_(min=lowest).exp_().mul_(dh)
-                dB[part][:, t] = torch.mul(weight, x[:, t, None], out=product).sum(2)
+            rest = torch.zeros_like(step[:, 0])  # S_L - S_t as the sum of the later steps, which cancels nothing
+            for t in reversed(range(x.shape[1])):
+                torch.mul(rest.unsqueeze(1), A, out=weight).clamp_(min=lowest).exp_().mul_(dh)
+                torch.sum(torch.mul(weight, x[:, t, None], out=product), 2, out=db[:, t])
                 weight.mul_(b[:, t].unsqueeze(2))
-                dx[:, t] = weight.sum(1)
-                dA_rows.addcmul_(weight, x_rest[:, t, None])
-                drest[:, t] = weight.mul_(A).sum(1)
+                torch.sum(weight, 1, out=dx[:, t])
+                dA_rows.addcmul_(weight, (x[:, t] * rest).unsqueeze(1))
+                torch.sum(weight.mul_(A), 1, out=drest[:, t])
+                rest += step[:, t]
             drest *= x
-            dstep = F.pad(drest[:, :-1].cumsum(1), (0, 0, 1, 0))  # a step is part of the rest of the positions before it
-            du[part] = dx * step
-            ddelta[part] = (dstep + dx * u[part]) * torch.sigmoid(raw)
+            dstep = torch.zeros_like(x)
+            for t in range(1, x.shape[1]):  # a step is part of the rest of the positions before it
+                torch.add(dstep[:, t - 1], drest[:, t - 1], out=dstep[:, t])
+            _put(du, part, dx * step, turned)
+            _put(ddelta, part, (dstep + dx * u_part) * torch.sigmoid(raw), turned)
+            _put(dB, part, db, turned)
             dA += dA_rows.sum(0)
         return du, ddelta, dA.T, dB, ddelta.sum((0, 1)), None

@@ -73,10 +73,11 @@ def test_golden_scan():
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 9, 11, 30])
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_outputs_and_every_gradient_equal_the_loop(monkeypatch, length, rows):
+@pytest.mark.parametrize(("batch", "rows"), [(3, 1), (3, 2), (3, 8), (8, 7), (8, 8)])
+def test_outputs_and_every_gradient_equal_the_loop(monkeypatch, length, batch, rows):
+    """At 5 channels, 7 and 8 rows are laid out with the batch innermost, the one row left of 8 is not."""
     monkeypatch.setitem(scan_autograd.SLICE_FLOATS, "cpu", rows * 5 * 4)
-    given = arguments(length=length)
+    given = arguments(batch, length)
     expected, state = scan_loop(*given)
     output = selective_scan.selective_scan(*given)
     torch.testing.assert_close(output, expected, **EXACT)
@@ -131,11 +132,12 @@ def test_strong_decay_forgets_without_nan_or_wrong_gradients():
             torch.testing.assert_close(got, want, **EXACT)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_leading_padding_is_skipped_and_neutral(monkeypatch, rows):
+@pytest.mark.parametrize("rows", [1, 2, 6, 8])
+@pytest.mark.parametrize("lengths", [[11, 4, 0, 1], [11, 7, 5, 2, 0, 1, 4], [9, 7, 5, 2, 0, 1, 4, 4]])
+def test_leading_padding_is_skipped_and_neutral(monkeypatch, rows, lengths):
     monkeypatch.setitem(scan_autograd.SLICE_FLOATS, "cpu", rows * 5 * 4)
-    lengths = torch.tensor([11, 4, 0, 1])
-    given = arguments(4)
+    lengths = torch.tensor(lengths)
+    given = arguments(len(lengths))
     real = torch.arange(11) >= 11 - lengths.unsqueeze(1)
     leaf, *rest = given
     u = leaf * real.unsqueeze(2)
