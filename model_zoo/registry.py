@@ -15,6 +15,7 @@ from model_zoo.backbones.atten_mixer import AttenMixerBlock
 from model_zoo.backbones.dien import DIENBlock
 from model_zoo.backbones.din import DINBlock
 from model_zoo.backbones.eta import ETABlock
+from model_zoo.backbones.fuxi import FuXiBlock, FuXiMMEBlock
 from model_zoo.backbones.gru4rec import GRU4RecBlock
 from model_zoo.backbones.mamba4rec import Mamba4RecBlock
 from model_zoo.backbones.mean_pool import MeanPoolBlock
@@ -116,6 +117,8 @@ BACKBONES: dict[str, Backbone] = {
         Backbone("Mamba4Rec", Mamba4RecBlock),
         Backbone("SASRec", SASRecBlock),
         Backbone("GRU4Rec", GRU4RecBlock),
+        Backbone("FuXi", FuXiBlock),
+        Backbone("FuXiMME", FuXiMMEBlock),
         Backbone("AttenMixer", AttenMixerBlock),
         Backbone("MiasRec", MiasRecBlock),
         Backbone("DCNv2", MeanPoolBlock, DCNv2Head, routable=False),

@@ -154,7 +154,7 @@ def test_every_model_has_a_smoke_experiment() -> None:
 
 def test_the_grid_of_backbones_methods_and_data_sets_is_complete() -> None:
     wanted = {f"{backbone}_{data}" for backbone in BACKBONES for data in LONGCTR_DATA}
-    wanted |= {f"{name}_dot_{data}" for name in ("AttenMixer", "MiasRec", "Mamba4Rec") for data in LONGCTR_DATA}
+    wanted |= {f"{name}_dot_{data}" for name in ("AttenMixer", "MiasRec", "Mamba4Rec", "FuXiMME") for data in LONGCTR_DATA}
     wanted |= {f"MoS_DIN_{data}" for data in LONGCTR_DATA}
     wanted |= {f"{m}_{b}_{data}" for m in METHODS for b in COMPARED_BACKBONES for data in LONGCTR_DATA}
     wanted |= {f"{m}_{b}_{data}_budget" for m in RIVALS for b in PAPER_BACKBONES for data in LONGCTR_DATA}

@@ -255,9 +255,9 @@ def test_without_weight_on_its_experts_a_method_is_its_backbone_bit_for_bit(name
 def test_the_zoo_is_complete() -> None:
     grid = [f"{m}{b}" for b in ("TWIN", "SDIM", "TransAct", "Mamba4Rec") for m in ("", *(f"{m}_" for m in METHODS))]
     longctr = ["DCNv2", "FinalMLP", "DIN", "DIEN", "TransAct", "SIM", "ETA", "SDIM", "TWIN", "MIRRN"]
-    others = ["AttenMixer", "MiasRec", "SASRec", "GRU4Rec", "MoS_SASRec", "MoS_GRU4Rec"]
+    others = ["AttenMixer", "MiasRec", "SASRec", "GRU4Rec", "FuXi", "FuXiMME", "MoS_SASRec", "MoS_GRU4Rec"]
     wanted = {*grid, *longctr, *others}
-    assert len(METHODS) == 4 and len(wanted) == 33 and wanted <= set(NAMES)
+    assert len(METHODS) == 4 and len(wanted) == 35 and wanted <= set(NAMES)
     assert all(get_model(name).__name__ == name for name in NAMES)
 
 

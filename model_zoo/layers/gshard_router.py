@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model_zoo.layers.routers import Routing
 from model_zoo.layers.sequence import Sequence
-from model_zoo.layers.token_router import Aggregate, RouterLinear, gating_tokens, no_routing, row_mean
+from model_zoo.layers.token_router import Aggregate, RouterLinear, gating_tokens, no_routing, row_imbalance, row_mean
 
 
 class GShardRouter(nn.Module):
@@ -102,7 +102,8 @@ class GShardRouter(nn.Module):
         gate, choice = gate[:, : self.topk], choice[:, : self.topk]  # [U, k], best first
         experts = choice[tokens.index]  # [B, T, k]
         if losses is not None and self.training and self.aux_weight:
-            losses.append(self.aux_weight * self._imbalance(tokens, probability, experts[..., 0]))
+            every = F.embedding(tokens.index, probability)
+            losses.append(self.aux_weight * row_imbalance(every, experts[..., 0], tokens.mask))
         if self.normalize:
             gate = gate / (gate.sum(-1, keepdim=True) + 1e-9)
         served = self._serve(experts, gate.detach()[tokens.index], tokens.mask)  # [B, T, k]
@@ -137,11 +138,3 @@ class GShardRouter(nn.Module):
             taken = taken + count[:, -1]
         found = torch.stack(served, -1) & (gates > 0)
         return found if self.legacy_order else found.flip(1)
-
-    def _imbalance(self, tokens: Sequence, probability: Tensor, first: Tensor) -> Tensor:
-        """``n sum_e f_e m_e`` of each row, averaged over the rows that have tokens; ``first [B, T]`` are first choices."""
-        count = torch.zeros(len(first), self.num_experts, dtype=torch.long, device=first.device)
-        count.scatter_add_(1, first, tokens.mask.long())
-        share = count.to(probability.dtype) / tokens.lengths.clamp(min=1).unsqueeze(1)  # f
-        mean = row_mean(F.embedding(tokens.index, probability), tokens.mask)  # m
-        return self.num_experts * (share * mean).sum() / tokens.mask.any(1).sum().clamp(min=1)

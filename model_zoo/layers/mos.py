@@ -14,7 +14,7 @@ from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.routed_experts import RoutedExperts, RoutedTokens, fusable, run_experts, run_fused
 from model_zoo.layers.routers import GateNorm, Routing, ThemeRouter
 from model_zoo.layers.sequence import Sequence, SharedSequence
-from model_zoo.layers.session_windows import SessionWindows, times_of
+from model_zoo.layers.session_windows import SESSIONS, SessionWindows, times_of
 from model_zoo.layers.taxonomy import Taxonomy
 from model_zoo.layers.theme_codebook import EmaMode, ThemeCodebook
 from model_zoo.layers.windows import WindowAlign, WindowDivisor, WindowMeans, Windows
@@ -278,7 +278,7 @@ class MoS(nn.Module):
             ConfigError: session windows, and the histories have no times.
         """
         if self.window_kind == "session" and self.window_router is not None:  # also before the window experts' phase
-            times_of(sequence.histories if isinstance(sequence, SharedSequence) else sequence)
+            times_of(sequence.histories if isinstance(sequence, SharedSequence) else sequence, *SESSIONS)
         base = max(1.0 - (self.alpha_item + self.alpha_window), 0.0)
         base = 0.0 if base < 1e-9 else base
         if base == 1.0:

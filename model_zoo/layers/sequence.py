@@ -8,7 +8,7 @@ case of as many items as positions.
 from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ def own_tables(sequences: ListOf[Sequence]) -> list[Sequence]:
     trimmed = []
     for sequence, table, (_, place) in zip(sequences, tables, found, strict=True):
         index = torch.zeros_like(sequence.index).masked_scatter_(sequence.mask, place)
-        trimmed.append(Sequence(table, index, sequence.mask))
+        trimmed.append(replace(sequence, items=table, index=index, memo={}))
     return trimmed
 
 

@@ -13,6 +13,9 @@ from model_zoo.errors import ConfigError
 from model_zoo.layers.sequence import Sequence
 from model_zoo.layers.windows import WindowMeans
 
+#: the setting that needs times, and the one that does not
+SESSIONS = "windows: session", "windows: fixed"
+
 
 @dataclass(frozen=True)
 class TimedSequence(Sequence):
@@ -60,7 +63,7 @@ class SessionWindows(WindowMeans):
     """
 
     def __init__(self, source: Sequence, gap: int) -> None:
-        times, mask = times_of(source), source.mask
+        times, mask = times_of(source, *SESSIONS), source.mask
         self.source = source
         starts = mask.clone()
         starts[:, 1:] &= ~mask[:, :-1] | (times[:, 1:] - times[:, :-1] > gap)
@@ -84,16 +87,20 @@ class SessionWindows(WindowMeans):
         return self.source.index[self.source.mask]
 
 
-def times_of(sequence: Sequence) -> Tensor:
+def times_of(sequence: Sequence, wanted_by: str, instead: str) -> Tensor:
     """``[B, T]`` times of a sequence's events.
+
+    Args:
+        wanted_by: the setting that needs them.
+        instead: the setting that does not.
 
     Raises:
         ConfigError: it has none.
     """
     if not isinstance(sequence, TimedSequence):
         raise ConfigError(
-            "windows: session needs the time of every event of a history, and these have none: name the list column of "
-            "user_info.parquet that holds them with time_col in the dataset config, or set windows: fixed"
+            f"{wanted_by} needs the time of every event of a history, and these have none: name the list column of "
+            f"user_info.parquet that holds them with time_col in the dataset config, or set {instead}"
         )
     return sequence.times
 

@@ -38,6 +38,23 @@ def row_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * share.unsqueeze(-1)).sum(1)
 
 
+def row_imbalance(probability: Tensor, first: Tensor, mask: Tensor) -> Tensor:
+    """``n sum_e f_e m_e`` of each row, averaged over the rows that have tokens; 1 if choices and gates are spread evenly.
+
+    Args:
+        probability: ``[B, T, n]`` softmax gates; m is their mean over a row's real tokens.
+        first: ``[B, T]`` int64 first choices; f is their share.
+        mask: ``[B, T]`` bool, True = real.
+
+    Source: Lepikhin et al., GShard (arXiv 2006.16668), Algorithm 1; Fedus et al., Switch (arXiv 2101.03961), eq. 4.
+    """
+    experts = probability.shape[-1]
+    count = torch.zeros(len(first), experts, dtype=torch.long, device=first.device)
+    count.scatter_add_(1, first, mask.long())
+    share = count.to(probability.dtype) / mask.sum(1).clamp(min=1).unsqueeze(1)
+    return experts * (share * row_mean(probability, mask)).sum() / mask.any(1).sum().clamp(min=1)
+
+
 def token_mean(per_item: Tensor, tokens: Sequence) -> Tensor:
     """Scalar mean of ``per_item [U]`` over the batch's real tokens; 0 if there is none."""
     values = F.embedding(tokens.index, per_item.unsqueeze(1)).squeeze(2)  # [B, T]
