@@ -70,7 +70,7 @@ def routing_figures(
 
     Returns:
         For MoS ``item`` and ``window``, as in `routing_usage.usage_report`; for its rivals ``experts``: the figures of
-        `SharedExpertMoE.routing_stats` with ``read`` and ``entropy``. Empty for a plain backbone, and before MoS's
+        `SharedExpertMoE.routing_stats` with ``read`` and ``entropy``. Empty for a plain backbone, and before
         experts have a weight.
     """
     layers = model.method_layers()
@@ -83,7 +83,7 @@ def routing_figures(
                 return {}
             usage = model.codebook_usage(batches, max_batches)  # type: ignore[attr-defined]
             return {name: report for name, report in usage.items() if weights[name]}
-        if isinstance(layer, SharedExpertMoE):
+        if isinstance(layer, SharedExpertMoE) and layer.alpha_routed:
             stats = routing_report(model, batches, max_batches)  # type: ignore[arg-type]
             if stats:
                 stats["read"] = [share * stats["experts_per_token"] for share in stats["share"]]

@@ -33,6 +33,7 @@ from model_zoo.layers.mos import MoS
 from model_zoo.layers.shared_expert_moe import DSelectK, ExpertChoice, GShard
 from model_zoo.layers.sim_head import SIMHead
 from model_zoo.sequential_ctr import SequentialCTR
+from model_zoo.shared_expert_ctr import SharedExpertCTR
 from model_zoo.three_phase import ThreePhaseCTR
 
 BlockFactory = Callable[[], nn.Module]
@@ -129,9 +130,9 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in [
         Method("MoS", MoS, ThreePhaseCTR),
-        Method("GShard", GShard),
-        Method("DSelectK", DSelectK),
-        Method("ExpertChoice", ExpertChoice),
+        Method("GShard", GShard, SharedExpertCTR),
+        Method("DSelectK", DSelectK, SharedExpertCTR),
+        Method("ExpertChoice", ExpertChoice, SharedExpertCTR),
     ]
 }
 

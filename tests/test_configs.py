@@ -33,6 +33,10 @@ OPTION_GRIDS = {
         ("kuairand_sample", 50), ("codebook_init", "taxonomy_weight"), set(product(("kmeans", "taxonomy"), (0.0, 0.01))),
     ),
     "study_unrouted": (("Ebnerd_demo", 100), ("n_item_experts", "n_window_experts"), {(1, 0)}),
+    "study_phased": (
+        ("kuairand_sample", 50), ("model", "training_phases"),
+        {(f"{method}_TWIN", "three") for method in ("GShard", "DSelectK", "ExpertChoice")},
+    ),
 }  # fmt: skip
 OPTION_PATHS = {name: ROOT / "benchmark" / "grids" / f"{name}.yaml" for name in OPTION_GRIDS}
 GRIDS = sorted({*(ROOT / "benchmark" / "grids").glob("*.yaml")} - {*STUDY_GRIDS, *OPTION_PATHS.values()})
@@ -256,7 +260,8 @@ def test_an_options_study_has_both_forms_at_each_regulariser(name: str) -> None:
     found = Counter((*(params[key] for key in keys), params["embedding_regularizer"]) for params in points)
     assert found == dict.fromkeys(((*form, weight) for form in forms for weight in (1e-4, 1e-3)), 1)
     fixed = {(params["model"], (params["dataset_id"], params["max_len"])) for params in points}
-    assert fixed == {("MoS_TWIN", data)}
+    models = {form[keys.index("model")] for form in forms} if "model" in keys else {"MoS_TWIN"}
+    assert fixed == {(model, data) for model in models}
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=name_of)

@@ -17,6 +17,8 @@ from model_zoo.layers.heads import MLPHead
 from model_zoo.layers.mos import MoS
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.shared_expert_moe import GShard
+from model_zoo.phased_training import PhasedCTR
 from model_zoo.registry import Backbone, Method, get_model, model_keys, model_names, register_backbone, register_method
 from model_zoo.sequential_ctr import SequentialCTR
 from model_zoo.three_phase import ThreePhaseCTR
@@ -129,7 +131,9 @@ def test_model_keys_are_all_constructor_keys_and_no_others(own_models: None) -> 
     base, block = keyword_only(SequentialCTR), keyword_only(registry.BACKBONES["TWIN"].block)
     base |= keyword_only(MLPHead)
     assert set(model_keys("TWIN")) == base | block
-    assert set(model_keys("MoS_TWIN")) == base | block | keyword_only(MoS) | keyword_only(ThreePhaseCTR)
+    phases = keyword_only(PhasedCTR)
+    assert set(model_keys("MoS_TWIN")) == base | block | phases | keyword_only(MoS) | keyword_only(ThreePhaseCTR)
+    assert set(model_keys("GShard_TWIN")) == base | block | phases | keyword_only(GShard) | {"training_phases"}
     assert set(model_keys("Doubled_Mean")) == base | {"width", "scale", "second_weight"}
     assert {"embedding_dim", "longctr_compat", "block_scope"} <= base
     assert {"short_seq_len", "topk", "attention_dim"} <= block

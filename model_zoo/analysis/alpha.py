@@ -12,8 +12,9 @@ from model_zoo.compat import seed_everything
 from model_zoo.errors import ConfigError
 from model_zoo.experiment.run import make_loaders
 from model_zoo.experiment.unfinished import Run
+from model_zoo.phased_training import Phase
 from model_zoo.pipeline.histories import digest
-from model_zoo.three_phase import Phase, ThreePhaseCTR
+from model_zoo.three_phase import ThreePhaseCTR
 
 Cell = tuple[float, float]
 

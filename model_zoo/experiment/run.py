@@ -37,6 +37,7 @@ from model_zoo.experiment.unfinished import (
 )
 from model_zoo.files import locked
 from model_zoo.interrupts import Stopped, held
+from model_zoo.phased_training import PhasedCTR
 from model_zoo.pipeline.baselines import popularity_baselines
 from model_zoo.pipeline.dataset import CTRDataset, check_labels, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map
@@ -193,7 +194,8 @@ def check_eval_steps(model: SequentialCTR, batches: int, params: dict[str, Any])
         ConfigError: ``eval_steps`` is longer than a whole phase.
     """
     epochs = params["epochs"]
-    plan = [phase.epochs for phase in model.phases(epochs)] if isinstance(model, ThreePhaseCTR) else [epochs]
+    in_phases = isinstance(model, PhasedCTR) and model.in_phases
+    plan = [phase.epochs for phase in model.phases(epochs)] if in_phases else [epochs]
     steps = min(plan) * batches
     if (params.get("eval_steps") or 0) > steps:
         raise ConfigError(
@@ -249,11 +251,12 @@ def score(
     if isinstance(model, ThreePhaseCTR) and model.expert_modules():
         result["codebook_usage"] = model.codebook_usage(loaders["valid"])
         result["exposure"] = exposure(model, loaders[splits[-1]], dataset, slicer.category)
-        model.load_weights(model.phase_checkpoint("phase1"))
-        evaluate("phase1")
-        model.load_weights(model.final_checkpoint)
     elif routing := routing_report(model, loaders["valid"]):
         result["routing"] = routing
+    if isinstance(model, PhasedCTR) and model.in_phases and model.expert_modules():
+        model.load_backbone()
+        evaluate("phase1")
+        model.load_final()
     return {"scores": scores, "slices": slices, **result}
 
 

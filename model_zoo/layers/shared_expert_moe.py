@@ -29,6 +29,8 @@ class SharedExpertMoE(nn.Module):
     expert serves (no history, or its gating token was dropped) is left to the shared expert: ``y = F_shared(X)``. With
     ``alpha_routed = 0`` or ``n_experts = 0`` the module is the shared block, bit for bit, and holds nothing else.
 
+    ``alpha_routed`` is the weight in force; a training in phases moves it, up to ``final_alpha``.
+
     Args:
         block_factory: makes one block with ``out_dim``.
         make_router: makes the router from the number of experts and ``topk_experts=``.
@@ -66,13 +68,14 @@ class SharedExpertMoE(nn.Module):
         if n_experts and not 1 <= topk_experts <= n_experts:
             raise ValueError(f"topk_experts ({topk_experts}) must lie in 1..n_experts ({n_experts})")
         times = 2 if expert_budget == "budget_matched" else 1
-        self.alpha_routed = alpha_routed if n_experts else 0.0
+        self.final_alpha = alpha_routed if n_experts else 0.0
+        self.alpha_routed = self.final_alpha
         self.combine: Combine = combine
         self.global_expert = block_factory()
         self.out_dim: int = self.global_expert.out_dim  # type: ignore[assignment]
         self.experts: RoutedExperts | None = None
         self.router: nn.Module | None = None
-        if self.alpha_routed > 0:
+        if self.final_alpha > 0:
             with isolated_rng():  # the backbone's own initialisation does not depend on what stands beside it
                 self.experts = RoutedExperts(block_factory, times * n_experts)
                 self.router = make_router(times * n_experts, topk_experts=times * topk_experts)
@@ -80,6 +83,11 @@ class SharedExpertMoE(nn.Module):
     def expert_modules(self) -> list[nn.Module]:
         """Everything beside the shared expert."""
         return [module for module in (self.experts, self.router) if module is not None]
+
+    @property
+    def sole_block(self) -> nn.Module | None:
+        """The shared expert as long as no other expert has a weight."""
+        return None if self.alpha_routed else self.global_expert
 
     def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
         """Interest of each row towards its target.
@@ -92,7 +100,7 @@ class SharedExpertMoE(nn.Module):
         Returns:
             ``[B, out_dim]``.
         """
-        if self.experts is None or self.router is None:
+        if self.experts is None or self.router is None or not self.alpha_routed:
             return call_block(self.global_expert, query, sequence, losses)
         routing = self.router(sequence, losses)
         served = (routing.gates > 0).any(1)  # [B]
