@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -77,8 +78,11 @@ def document(rows: dict[str, dict[str, Any]], note: str = "") -> str:
         counts = [f"{row['parameters'][part]:,}" for part in ("total", "embedding", "block", "head", "experts")]
         epochs = "+".join(str(count) for count in row["epochs"].values())
         lines.append([name, *scores, epochs, *seconds, f"{row['peak_mib']:,.0f}", *counts])
-    machines = list(dict.fromkeys(rows[name]["machine"] for name in order))
-    made = [f"- {machine}" + _holders(machine, rows, order, len(machines)) for machine in machines]
+    by_machine = Counter(rows[name]["machine"] for name in order).most_common()
+    most, *others = (f"- {machine}" for machine, _ in by_machine)
+    if others:
+        most += ": all other models"
+        others = [line + _holders(line[2:], rows, order) for line in others]
     return "\n".join([
         "# Every model, one epoch on the shipped sample",
         "",
@@ -86,7 +90,8 @@ def document(rows: dict[str, dict[str, Any]], note: str = "") -> str:
         "model trains, not a ranking. MoS has an epoch in each of its three phases. Training seconds include evaluation;",
         "the peak is the process's resident memory, libraries included.",
         "",
-        *made,
+        most,
+        *others,
         *([f"- {note}"] if note else []),
         "",
         markdown(HEADER, lines),
@@ -94,9 +99,9 @@ def document(rows: dict[str, dict[str, Any]], note: str = "") -> str:
     ])  # fmt: skip
 
 
-def _holders(machine: str, rows: dict[str, dict[str, Any]], order: list[str], machines: int) -> str:
-    """Which rows come from a machine, if not all."""
-    return "" if machines == 1 else ": " + ", ".join(name for name in order if rows[name]["machine"] == machine)
+def _holders(machine: str, rows: dict[str, dict[str, Any]], order: list[str]) -> str:
+    """Which rows come from a machine that is not most rows' one."""
+    return ": " + ", ".join(name for name in order if rows[name]["machine"] == machine)
 
 
 def save(folder: str, rows: dict[str, dict[str, Any]], note: str = "") -> None:

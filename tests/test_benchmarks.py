@@ -173,8 +173,8 @@ ROW: dict[str, Any] = {
 
 
 def test_zoo_tells_machines_apart(zoo: ModuleType) -> None:
-    text = zoo.document({"DIN": ROW, "TWIN": {**ROW, "machine": "two"}})
-    assert "- two: TWIN" in text and "- one: DIN" in text
+    text = zoo.document({"DIN": ROW, "SDIM": ROW, "TWIN": {**ROW, "machine": "two"}})
+    assert "- one: all other models\n- two: TWIN\n" in text
     assert "| DIN | 0.6000 | 0.5000 | 0.4000 | 1 | 1.0 | 2.0 | 1,234 | 1,000 |" in text
     assert "- one\n" in zoo.document({"DIN": ROW})
 
