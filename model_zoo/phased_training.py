@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class Phase:
     patience: int
 
 
-class PhasedCTR(SequentialCTR):
+class PhasedCTR(SequentialCTR, ABC):
     """A model with a method's layer, trained in three phases.
 
     Phase 1 trains embedding, the layer's global expert and head exactly as the plain backbone of the same seed. Phase 2
@@ -98,17 +99,17 @@ class PhasedCTR(SequentialCTR):
         return True
 
     @property
+    @abstractmethod
     def final_alphas(self) -> tuple[float, ...]:
         """The experts' fusion weights in phase 3, and in the final model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fuse(self, alphas: tuple[float, ...], update_codebooks: bool = False) -> None:
         """Put fusion weights in force."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fusion_text(self) -> str:
         """The fusion weights in force, for the log."""
-        raise NotImplementedError
 
     def start_experts(self, data_generator: Any) -> None:
         """What happens between phases 1 and 2."""
