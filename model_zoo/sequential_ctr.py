@@ -21,7 +21,7 @@ from model_zoo.layers.dropout import use_fast_dropout
 from model_zoo.layers.heads import HeadInputs, HeadShape, Loss
 from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.sequence import Sequence, SharedSequence, distinct_items
-from model_zoo.layers.session_windows import timed
+from model_zoo.layers.timed_sequence import timed
 from model_zoo.layers.windows import CATEGORY
 from model_zoo.scoring import score
 from model_zoo.training import TrainingLoop

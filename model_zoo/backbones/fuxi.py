@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +11,21 @@ from torch import Tensor, nn
 
 from model_zoo.layers.fuxi_layer import FuXiLayer, MoETargets
 from model_zoo.layers.sequence import Sequence
-from model_zoo.layers.session_windows import times_of
+from model_zoo.layers.timed_sequence import times_of
 
-#: of FuxiCTR's embeddings; positions start as large as they, as in the release, where both start much larger
+#: of FuxiCTR's embeddings; positions start as large as they, as in the release, where both start much larger. So small
+#: vectors are of the size of the first norm's epsilon, which makes it a little less than a norm at first.
 EMBEDDING_STD = 1e-4
+#: a vector shorter than this has a smaller cosine: towards an item vector of nearly zero gradients would be huge otherwise
+COSINE_EPS = 1e-6
 
 
 class FuXiMMEBlock(nn.Module):
     """M vectors of each item, each history of such vectors read by the same `FuXiLayer`s; their newest answers joined.
 
     An item vector of width d is M vectors of width d / M: the tables have together as many parameters as one. Dimension i
-    belongs to table i mod M, so that each table has a part of every item feature. The M histories of a row share the
-    layers, whose maps are therefore mixtures of experts with a gate for each token.
+    belongs to table i mod M, so that each table has a part of every item feature that is at least M wide. The M histories
+    of a row share the layers, whose maps are therefore mixtures of experts with a gate for each token.
 
     Positions count from the newest item (0), so neither padding nor a longer history moves them. Of the last layer only
     the newest position is answered. The interest does not depend on the target, which meets it in the head.
@@ -32,20 +35,23 @@ class FuXiMMEBlock(nn.Module):
         num_tables: M; must divide d.
         layer_experts: E, experts of each map.
         layer_topk: k, experts of a token.
-        moe_targets: the maps that are mixtures: the input map ``uvqk``, the ``output`` map, the feed-forward net ``ffn``.
-        balance_weight: of the balance loss, summed over the mixtures.
+        moe_targets: the maps that are mixtures: the input map ``uvqk``, the ``output`` map, the feed-forward net ``ffn``,
+            or ``all`` three.
+        balance_weight: of the balance loss, summed over the mixtures. A copy of this block that is an expert of MoS or of a
+            rival has none.
         num_layers: layers.
         num_heads: attention heads; must divide d / M unless both head widths are given.
         qk_dim: width of a head's queries and keys; None = d / M / heads.
         value_dim: width of a head's values; None likewise.
         ffn_ratio: hidden width of the feed-forward net over d / M.
-        ffn_single_stage: without it.
+        ffn_single_stage: leave the feed-forward net out.
         temporal_channel: with the channel of time gaps; the data need times then (``time_col``). LongCTR's have none.
         max_positions: N, rows of both position tables, and the constant that divides semantic scores; ``max_len``, say.
             Items older than that share the oldest position.
         hidden_dropout: on item vectors with their positions, and in both halves of a layer.
-        temperature: divides the cosine under ``head: dot``.
-        merge: ``concat`` compares the joined vectors with the target's, ``mean_cosine`` averages the M cosines.
+        temperature: under ``head: dot``, divides the cosine.
+        merge: under ``head: dot``, ``concat`` compares the joined vectors with the target's, ``mean_cosine`` averages the
+            M cosines.
         head: ``dnn`` gives the joined unit vector, ``dot`` its cosine with the target over the temperature as ``[B, 1]``
             logits, the paper's scoring.
 
@@ -88,6 +94,12 @@ class FuXiMMEBlock(nn.Module):
         for key, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{key} must be at least 1, not {size}")
+        if moe_targets not in get_args(MoETargets):
+            raise ValueError(f"moe_targets must be one of {', '.join(get_args(MoETargets))}, not {moe_targets!r}")
+        if moe_targets == "ffn" and ffn_single_stage:
+            raise ValueError("moe_targets: ffn needs a feed-forward net; set ffn_single_stage: False, or another target")
+        if merge not in ("concat", "mean_cosine"):
+            raise ValueError(f"merge must be concat or mean_cosine, not {merge!r}")
         if item_dim % num_tables:
             raise ValueError(f"num_tables ({num_tables}) must divide the width of an item vector ({item_dim})")
         width = item_dim // num_tables
@@ -131,7 +143,7 @@ class FuXiMMEBlock(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Positions as large as scaled item vectors; FuxiCTR's reset leaves them alone."""
+        """Positions as large as scaled item vectors; drawn anew after FuxiCTR's reset."""
         nn.init.normal_(self.positions, std=EMBEDDING_STD * math.sqrt(self.positions.shape[1] / self.num_tables))
 
     def forward(self, query: Tensor, sequence: Sequence, losses: list[Tensor] | None = None) -> Tensor:
@@ -153,7 +165,6 @@ class FuXiMMEBlock(nn.Module):
         scale = math.sqrt(query.shape[1] / self.num_tables)
         tokens = self._by_table(self.dropout(sequence.vectors * scale + F.embedding(age, self.positions)))
         mask = sequence.mask.repeat_interleave(self.num_tables, 0)
-        times = None if times is None else times.repeat_interleave(self.num_tables, 0)
         for number, layer in enumerate(self.layers, 1):
             tokens = layer(tokens, mask, times, losses, self.balance_weight, newest=number == len(self.layers))
         newest = tokens.view(batch, self.num_tables, -1)  # [B, M, d / M]
@@ -162,9 +173,9 @@ class FuXiMMEBlock(nn.Module):
         if self.head == "dnn":
             return F.normalize(newest.transpose(1, 2).flatten(1), dim=1)
         if self.merge == "mean_cosine":
-            cosine = F.cosine_similarity(newest, target, dim=2).mean(1, keepdim=True)
+            cosine = F.cosine_similarity(newest, target, dim=2, eps=COSINE_EPS).mean(1, keepdim=True)
         else:
-            cosine = F.cosine_similarity(newest.flatten(1), target.flatten(1), dim=1).unsqueeze(1)
+            cosine = F.cosine_similarity(newest.flatten(1), target.flatten(1), dim=1, eps=COSINE_EPS).unsqueeze(1)
         return cosine / self.temperature
 
     def _by_table(self, vectors: Tensor) -> Tensor:

@@ -88,11 +88,14 @@ class FuXiLayer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start values of input map, output map and tables; called again after FuxiCTR's reset, which sets the rest."""
+        """The release's start values; called again after FuxiCTR's reset."""
         for expert in self.uvqk.experts:
             nn.init.normal_(expert.weight, std=INIT_STD)  # type: ignore[arg-type]
         for expert in self.output.experts:
             nn.init.xavier_uniform_(expert.weight)  # type: ignore[arg-type]
+        nets = [] if self.ffn is None else [linear for expert in self.ffn.experts for linear in expert.children()]
+        for linear in nets:
+            nn.init.xavier_uniform_(linear.weight)  # type: ignore[arg-type]
         for table in (self.positions, self.gaps):
             if table is not None:
                 nn.init.normal_(table, std=INIT_STD)
@@ -111,7 +114,7 @@ class FuXiLayer(nn.Module):
         Args:
             tokens: ``[B, T, d]``, T >= 1; finite at padding too.
             mask: ``[B, T]`` bool, True = real, at the right end of each row.
-            times: ``[B, T]`` int64 seconds, read by the time channel.
+            times: ``[B / m, T]`` int64 seconds, read by the time channel; each row's are those of m rows of tokens.
             losses: see `TokenExperts`; ``weight`` likewise.
             newest: answer for the last column only.
 
@@ -120,9 +123,13 @@ class FuXiLayer(nn.Module):
         """
         read = F.rms_norm(tokens, tokens.shape[-1:], eps=NORM_EPS)
         last, queries = slice(-1, None) if newest else slice(None), sum(self.query_sizes)
-        keys = self.uvqk(read, read, mask, losses, weight, rows=slice(queries, None))
-        read = read[:, last]
-        u, q = F.silu(self.uvqk(read, read, mask[:, last], rows=slice(queries))).split(self.query_sizes, -1)
+        if newest:  # u and q of the last column alone
+            keys = self.uvqk(read, read, mask, losses, weight, rows=slice(queries, None))
+            read = read[:, last]
+            asked = self.uvqk(read, read, mask[:, last], rows=slice(queries))
+        else:
+            asked, keys = self.uvqk(read, read, mask, losses, weight).split([queries, sum(self.key_sizes)], -1)
+        u, q = F.silu(asked).split(self.query_sizes, -1)
         # a key at padding adds nothing to any channel
         v, k = F.silu(keys.masked_fill(~mask.unsqueeze(2), 0)).split(self.key_sizes, -1)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, h, T, .]
@@ -146,8 +153,9 @@ class FuXiLayer(nn.Module):
         if self.gaps is not None:
             assert times is not None, "the time channel needs the times of the tokens"
             after = torch.cat([times[:, 1:], times[:, -1:]], 1)[:, length - asking :]
-            bucket = gap_buckets(after.unsqueeze(2) - times.unsqueeze(1))  # [B, T', T]
-            found.append((F.embedding(bucket, self.gaps.unsqueeze(1)).squeeze(3) * past).unsqueeze(1))
+            bucket = gap_buckets(after.unsqueeze(2) - times.unsqueeze(1))  # [rows, T', T]
+            weights = F.embedding(bucket, self.gaps.unsqueeze(1)).squeeze(3) * past
+            found.append(weights.repeat_interleave(len(k) // len(times), 0).unsqueeze(1))
         found.append(F.silu(q @ k.transpose(2, 3)) * (past / self.max_positions))
         return [weights.to(k.dtype) for weights in found]
 

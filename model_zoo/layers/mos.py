@@ -14,9 +14,10 @@ from model_zoo.layers.random_state import isolated_rng
 from model_zoo.layers.routed_experts import RoutedExperts, RoutedTokens, fusable, run_experts, run_fused
 from model_zoo.layers.routers import GateNorm, Routing, ThemeRouter
 from model_zoo.layers.sequence import Sequence, SharedSequence
-from model_zoo.layers.session_windows import SESSIONS, SessionWindows, times_of
+from model_zoo.layers.session_windows import SESSIONS, SessionWindows
 from model_zoo.layers.taxonomy import Taxonomy
 from model_zoo.layers.theme_codebook import EmaMode, ThemeCodebook
+from model_zoo.layers.timed_sequence import times_of
 from model_zoo.layers.windows import WindowAlign, WindowDivisor, WindowMeans, Windows
 
 

@@ -22,6 +22,10 @@ EVERY = slice(None)
 class TokenExperts(nn.Module):
     """``sum_e g_e f_e(x)`` for each token, ``g`` the softmax over its k largest gate logits ``W_g r``.
 
+    With k = 1 that would be 1 whatever the gate says: ``g`` is then the softmax over all logits, through which the gate
+    still learns. The balance loss is that of all of a batch's real tokens together, so that tables of one row, and rows,
+    may each have experts of their own.
+
     With one expert there is no gate, and the module is that expert. With several, all are computed, as one product with
     their weights side by side: for the few narrow experts of one layer, picking each expert's tokens out and putting them
     back costs as much as the experts.
@@ -36,7 +40,8 @@ class TokenExperts(nn.Module):
     Raises:
         ValueError: k does not lie in 1..E.
 
-    Source: Shazeer et al., Outrageously Large Neural Networks (arXiv 1701.06538), eq. 1-5 without noise.
+    Source: Shazeer et al., Outrageously Large Neural Networks (arXiv 1701.06538), eq. 1-5 without noise; k = 1
+    and the balance loss: Fedus et al., Switch Transformers (arXiv 2101.03961), eq. 2 and 4.
     """
 
     def __init__(self, make: Callable[[], nn.Module], mix: Mix, gate_dim: int, num_experts: int, topk: int) -> None:
@@ -80,9 +85,11 @@ class TokenExperts(nn.Module):
         probability = self.gate(read).softmax(-1)  # [B, T, E]
         choice = probability.detach().topk(self.topk, dim=-1).indices
         if losses is not None and self.training and weight:
-            losses.append(weight * row_imbalance(probability, choice[..., 0], mask))
-        kept = probability * torch.zeros_like(probability).scatter_(-1, choice, 1.0)
-        gates = kept / kept.sum(-1, keepdim=True)  # the softmax over the kept logits
+            every = (probability.flatten(0, 1), choice[..., 0].flatten(), mask.flatten())
+            losses.append(weight * row_imbalance(*(values.unsqueeze(0) for values in every)))
+        gates = probability * torch.zeros_like(probability).scatter_(-1, choice, 1.0)
+        if self.topk > 1:
+            gates = gates / gates.sum(-1, keepdim=True)  # the softmax over the kept logits
         return self.mix(list(self.experts), tokens, gates.to(tokens.dtype), rows)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model_zoo.layers.item_rows import pool_rows
 from model_zoo.layers.sequence import Sequence
+from model_zoo.layers.timed_sequence import TimedSequence, timed
 
 WindowAlign = Literal["right", "left"]
 WindowDivisor = Literal["count", "size"]
@@ -38,6 +39,10 @@ class WindowMeans:
         """The window (in 0..N-1) and the item row of every item in a window, int64 ``[E]`` each."""
         raise NotImplementedError
 
+    def times(self) -> Tensor | None:
+        """``[B, W]`` int64, when the newest item of each window was; None if the histories have no times."""
+        raise NotImplementedError
+
     @property
     def index(self) -> Tensor:
         """``[B, W]`` the place of each existing window among the N, 0 elsewhere."""
@@ -58,7 +63,7 @@ class WindowMeans:
         memo = {} if self.category is None else {CATEGORY: self.category}
         if means.shape[0] == 0:
             means, memo = means.new_zeros(1, means.shape[1]), {name: one.new_zeros(1) for name, one in memo.items()}
-        return Sequence(means, self.index, self.mask, memo=memo)
+        return timed(Sequence(means, self.index, self.mask, memo=memo), self.times())
 
 
 class Windows(WindowMeans):
@@ -134,6 +139,13 @@ class Windows(WindowMeans):
     def members(self) -> tuple[Tensor, Tensor]:
         index, weight = self.bags
         return (weight != 0).nonzero()[:, 0], index[weight != 0]
+
+    def times(self) -> Tensor | None:
+        if not isinstance(self.source, TimedSequence):
+            return None
+        length = self.source.times.shape[1]
+        newest = (self.start + self.size - 1).clamp(0, max(length - 1, 0)).expand_as(self.mask)
+        return self.source.times.gather(1, newest)
 
     def sequence(self) -> Sequence:
         """The windows as tokens of a sequence, right-aligned."""

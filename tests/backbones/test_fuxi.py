@@ -1,10 +1,13 @@
 """FuXi-alpha and FuXi-MME against weights written out pair by pair: outputs, gradients, reductions, causality, counts."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import small_model, tiny_loader
 from oracles import gradients, ragged
 from torch import Tensor, nn
 
@@ -12,7 +15,7 @@ from model_zoo.backbones.fuxi import FuXiBlock, FuXiMMEBlock
 from model_zoo.errors import ConfigError
 from model_zoo.layers.fuxi_layer import FuXiLayer, gap_buckets
 from model_zoo.layers.sequence import Sequence
-from model_zoo.layers.session_windows import timed
+from model_zoo.layers.timed_sequence import timed
 from model_zoo.layers.token_experts import TokenExperts
 
 # float64 sums of a few dozen terms of order one, taken in another order, below norms
@@ -44,7 +47,8 @@ def mixed(experts: TokenExperts, x: Tensor, read: Tensor) -> Tensor:
         return experts.experts[0](x)
     logits = experts.gate.weight @ read
     kept = logits.topk(experts.topk)
-    return sum(g * experts.experts[int(e)](x) for g, e in zip(kept.values.softmax(0), kept.indices, strict=True))
+    gates = kept.values.softmax(0) if experts.topk > 1 else logits.softmax(0)[kept.indices]
+    return sum(g * experts.experts[int(e)](x) for g, e in zip(gates, kept.indices, strict=True))
 
 
 def layer_row(layer: FuXiLayer, x: list[Tensor], times: list[int]) -> list[Tensor]:
@@ -150,6 +154,17 @@ def test_identical_experts_are_a_dense_layer():
     torch.testing.assert_close(block(query, sequence), dense(query, sequence), **EXACT)
 
 
+def test_dropout_is_on_the_input_and_in_both_halves_of_a_layer():
+    """With all of it dropped a layer passes its input on, and without the input's there is nothing to pass."""
+    block, query = block_and_query(FuXiBlock, hidden_dropout=1.0, num_layers=1)
+    layer = block.layers[0].train()
+    with torch.no_grad():
+        layer.output.experts[0].bias.zero_()
+    tokens, mask = torch.randn(2, 4, 12, dtype=torch.double), torch.ones(2, 4, dtype=torch.bool)
+    assert torch.equal(layer(tokens, mask), tokens)
+    assert not block.train()(query, ragged(LENGTHS, 12)).any()
+
+
 @pytest.mark.parametrize("temporal", [False, True])
 def test_no_position_reads_a_later_one_and_the_newest_is_the_last_column(temporal):
     block, _ = block_and_query(FuXiBlock, temporal_channel=temporal)
@@ -180,10 +195,37 @@ def test_parameters_of_a_layer(single, temporal):
     assert sum(p.numel() for p in layer.parameters()) == wanted
 
 
-@pytest.mark.parametrize("tables", [1, 2, 4])
-def test_tables_have_together_the_parameters_of_one(tables):
-    block = FuXiMMEBlock(16, num_tables=tables, num_heads=2)
-    assert block.out_dim == 16 and block.positions.shape == (200, 16)
+def test_more_tables_have_no_more_embedding_parameters_and_narrower_layers():
+    one, four = (small_model("FuXiMME", num_tables=m, num_heads=1).parameter_counts() for m in (1, 4))
+    assert one["embedding"] == four["embedding"] and four["block"] < one["block"] / 3
+
+
+def test_initial_values_after_the_models_reset():
+    """Input maps, gates and tables N(0, 0.02^2), the other maps xavier-uniform, positions as item vectors."""
+    block = small_model("FuXiMME", num_tables=1, num_heads=1, max_positions=2000, temporal_channel=True).block
+    width = block.positions.shape[1]
+    layer = block.layers[0]
+    drawn = {0.02: [layer.uvqk.experts[0].weight, layer.positions, layer.gaps], 1e-4 * math.sqrt(width): [block.positions]}
+    for std, weights in drawn.items():
+        for weight in weights:  # 129 numbers at least: their standard deviation is within a quarter
+            assert 0.75 * std < float(weight.detach().std()) < 1.25 * std
+    assert float(torch.cat([e.gate.weight.flatten() for e in (layer.uvqk, layer.output, layer.ffn)]).detach().std()) < 0.03
+    for linear in (layer.output.experts[0], layer.ffn.experts[0].gate, layer.ffn.experts[1].outer):
+        bound = math.sqrt(6 / sum(linear.weight.shape))
+        assert 0.9 * bound < float(linear.weight.detach().abs().max()) <= bound
+    assert not layer.output.experts[0].bias.detach().any()
+
+
+@pytest.mark.parametrize("name", ["FuXi", "MoS_FuXi", "GShard_FuXi", "ExpertChoice_FuXiMME"])
+def test_the_time_channel_works_under_every_method_and_reads_the_times(name):
+    model = small_model(name, temporal_channel=True).eval()
+    batch = tiny_loader().batch(np.arange(30))
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, FuXiLayer):
+                nn.init.normal_(layer.gaps)
+        spans = [model(replace(batch, history_time=batch.history.long().cumsum(1) * gap))["y_pred"] for gap in (1, 1000)]
+    assert all(bool(span.isfinite().all()) for span in spans) and not torch.equal(*spans)
 
 
 def test_buckets_of_time_gaps():
@@ -200,7 +242,12 @@ def test_balance_losses_are_given_in_training_alone():
     block.eval()(query, sequence, losses)
     assert not losses
     block.train()(query, sequence, losses)
-    assert len(losses) == 6 and all(bool(loss >= 0) for loss in losses)
+    assert len(losses) == 6
+    weighed, _ = block_and_query(num_layers=2, num_tables=2, balance_weight=0.5)
+    more: list[Tensor] = []
+    weighed.train()(query, sequence, more)
+    for loss, larger in zip(losses, more, strict=True):
+        torch.testing.assert_close(larger, 50 * loss, **EXACT)
     plain, _ = block_and_query(FuXiBlock)
     plain.train()(query, sequence, losses)
     assert len(losses) == 6
@@ -209,6 +256,9 @@ def test_balance_losses_are_given_in_training_alone():
 @pytest.mark.parametrize(("options", "message"), [
     ({"num_tables": 5}, r"num_tables \(5\) must divide the width of an item vector \(12\)"),
     ({"num_tables": 4, "num_heads": 2}, r"num_heads \(2\) must divide .* 4 tables \(3\); or set qk_dim and value_dim"),
+    ({"moe_targets": "x"}, "moe_targets must be one of all, uvqk, output, ffn, not 'x'"),
+    ({"moe_targets": "ffn", "ffn_single_stage": True}, "moe_targets: ffn needs a feed-forward net"),
+    ({"merge": "x"}, "merge must be concat or mean_cosine, not 'x'"),
     ({"layer_topk": 5}, r"layer_topk \(5\) must lie in 1..layer_experts \(4\)"),
     ({"num_layers": 0}, "num_layers must be at least 1, not 0"),
     ({"qk_dim": 0}, "qk_dim must be at least 1, not 0"),

@@ -15,7 +15,7 @@ from model_zoo.batch import MEAN_ROWS
 from model_zoo.errors import ConfigError
 from model_zoo.experiment.flops import block_flops
 from model_zoo.experiment.run import build_model, make_loaders
-from model_zoo.layers.session_windows import TimedSequence
+from model_zoo.layers.timed_sequence import TimedSequence
 from model_zoo.layers.windows import CATEGORY
 from model_zoo.pipeline.dataset import CTRDataset, load_dataset
 from model_zoo.pipeline.feature_map import build_feature_map

@@ -78,6 +78,8 @@ def test_outputs_and_every_gradient_equal_the_loop(monkeypatch, length, batch, r
     """At 5 channels, 7 and 8 rows are laid out with the batch innermost, the one row left of 8 is not."""
     monkeypatch.setitem(scan_autograd.SLICE_FLOATS, "cpu", rows * 5 * 4)
     given = arguments(batch, length)
+    turned = [scan_autograd._turned(part, given[0]) for part in scan_autograd._parts(given[0], 4, None)]
+    assert turned == {3: [False] * -(-3 // rows), 8: [True] if rows == 8 else [True, False]}[batch]
     expected, state = scan_loop(*given)
     output = selective_scan.selective_scan(*given)
     torch.testing.assert_close(output, expected, **EXACT)

@@ -14,8 +14,10 @@ from torch import Tensor
 from model_zoo.errors import ConfigError
 from model_zoo.layers.blocks import call_block
 from model_zoo.layers.mos import MoS
-from model_zoo.layers.sequence import Sequence, SharedSequence
-from model_zoo.layers.session_windows import SessionWindows, TimedSequence, timed
+from model_zoo.layers.sequence import Sequence, SharedSequence, own_tables
+from model_zoo.layers.session_windows import SessionWindows
+from model_zoo.layers.timed_sequence import TimedSequence, timed
+from model_zoo.layers.windows import Windows
 
 GAP = 10
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=20)
@@ -212,3 +214,29 @@ def test_times_change_nothing_for_fixed_windows():
     timed_output, plain = layer(query, with_times(sequence)), layer(query, sequence)
     assert torch.equal(timed_output, plain)
     assert layer.state_dict().keys() == build(windows="session").state_dict().keys()
+
+
+@pytest.mark.parametrize(("align", "newest"), [("right", [2, 4, 6, 8]), ("left", [3, 5, 7])])
+def test_windows_as_tokens_have_the_time_of_their_newest_item(align, newest):
+    sequence = with_times(ragged([8], 3, padding=1))  # columns 1 to 8
+    found = Windows(sequence, 3, 2, align).sequence()
+    assert isinstance(found, TimedSequence)
+    assert found.times[found.mask].tolist() == sequence.times[0, newest].tolist()
+
+
+def test_sessions_as_tokens_have_the_time_of_their_newest_item():
+    sequence = timed(ragged([5, 0, 2], 3), torch.tensor([[0, 5, 30, 31, 60], [9] * 5, [0, 0, 0, 7, 8]]))
+    found = SessionWindows(sequence, GAP).sequence()
+    assert isinstance(found, TimedSequence)
+    assert found.times[found.mask].tolist() == [5, 31, 60, 8]
+    empty = SessionWindows(timed(ragged([0], 3, padding=2), torch.zeros(1, 2, dtype=torch.long)), GAP).sequence()
+    assert not empty.mask.any()
+
+
+def test_tables_of_their_own_leave_times_alone():
+    sequence = with_times(ragged([6, 6], 3, num_items=50))
+    parts = [sequence.select(torch.tensor([row])) for row in range(2)]
+    trimmed = own_tables(parts)
+    assert any(len(own.items) < len(part.items) for own, part in zip(trimmed, parts, strict=True))
+    for own, part in zip(trimmed, parts, strict=True):
+        assert isinstance(own, TimedSequence) and torch.equal(own.times, part.times)

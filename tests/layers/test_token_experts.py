@@ -35,7 +35,7 @@ def by_token(layer: TokenExperts, tokens: Tensor, read: Tensor) -> Tensor:
     for x, r in zip(tokens.flatten(0, 1), read.flatten(0, 1), strict=True):
         logits = layer.gate.weight @ r
         chosen = sorted(range(len(logits)), key=lambda e: -logits[e].item())[: layer.topk]
-        total = sum(logits[e].exp() for e in chosen)
+        total = sum(logits[e].exp() for e in (chosen if layer.topk > 1 else range(len(logits))))
         answers.append(sum(logits[e].exp() / total * layer.experts[e](x) for e in chosen))
     return torch.stack(answers).unflatten(0, tokens.shape[:2])
 
@@ -67,6 +67,12 @@ def test_identical_experts_are_one_whatever_the_gates():
     torch.testing.assert_close(layer(tokens, read, mask), layer.experts[0](tokens), **EXACT)
 
 
+def test_with_one_choice_the_gate_is_the_probability_and_still_learns():
+    layer = experts_of(3, 1)
+    tokens, read, mask = inputs()
+    assert float(gradients(layer(tokens, read, mask), [layer.gate.weight])[0].abs().max()) > 1e-3
+
+
 def test_balance_loss_is_its_weight_where_gates_are_even_and_more_where_one_expert_has_all():
     layer = experts_of(4, 2).train()
     tokens, _, mask = inputs()
@@ -78,6 +84,20 @@ def test_balance_loss_is_its_weight_where_gates_are_even_and_more_where_one_expe
     layer(tokens, one, mask, losses, 0.5)
     # even gates: sum_e f_e / 4 * 4 = 1; the gate of 45 against 0 is 1 to 1e-18: 4 * 1 * 1
     torch.testing.assert_close(torch.stack(losses), torch.tensor([0.5, 2.0], dtype=torch.double), **EXACT)
+    # rows that each have an expert of their own are as even as can be: f = m = 1/4, as far as the gates of 45 against 0 go
+    with torch.no_grad():
+        layer.gate.weight.zero_()[:, :4] = 45 * torch.eye(4)
+    own = torch.eye(4, 5, dtype=torch.double).unsqueeze(1).expand(4, 6, 5)
+    layer(tokens, own, torch.ones(4, 6, dtype=torch.bool), losses, 0.5)
+    torch.testing.assert_close(losses.pop(), torch.tensor(0.5, dtype=torch.double), **EXACT)
+    # padding counts for nothing: of two rows with the same expert only one has tokens
+    with torch.no_grad():
+        layer.gate.weight[1].copy_(layer.gate.weight[0])
+        layer.gate.weight[1, 0] -= 45
+    real = torch.ones(4, 6, dtype=torch.bool)
+    real[1:] = False
+    layer(tokens, own, real, losses, 0.5)
+    torch.testing.assert_close(losses.pop(), torch.tensor(2.0, dtype=torch.double), **EXACT)
     layer(tokens, one, mask, losses, 0.0)
     layer.eval()(tokens, one, mask, losses, 0.5)
     assert len(losses) == 2
