@@ -67,6 +67,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "MoS": ("MoS_TWIN", {**DROPOUT, "eval_steps": 3}, {}),
     "MoS over a recurrent block": ("MoS_GRU4Rec", {}, {}),
     "GShard": ("GShard_TWIN", DROPOUT, {}),
+    "GShard in phases": ("GShard_TWIN", {**DROPOUT, "training_phases": "three"}, {}),
+    "FuXiMME": ("FuXiMME", {}, {}),
     "DSelectK": ("DSelectK_SDIM", DROPOUT, {}),
     "ExpertChoice": ("ExpertChoice_TWIN", DROPOUT, {}),
 }
