@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "mamba": ["mamba-ssm>=2.2"],
+        "numba": ["numba>=0.61"],
         "tensorboard": ["tensorboard>=2.14"],
         "plots": ["matplotlib>=3.7"],
         "ray": ["ray[tune]>=2.9"],
@@ -36,7 +37,7 @@ setup(
         "hub": ["huggingface_hub>=0.23"],
         "dev": [
             "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm",
-            "matplotlib>=3.7", "optuna>=3.6", "tensorboard>=2.14",
+            "matplotlib>=3.7", "optuna>=3.6", "tensorboard>=2.14", "numba>=0.61",
         ],
     },
 )

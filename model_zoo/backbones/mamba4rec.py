@@ -36,7 +36,7 @@ class Mamba4RecBlock(nn.Module):
 
     Raises:
         ValueError: a size below 1, a dropout outside 0..1, or ``head: dot`` with another width than the target's.
-        ConfigError: ``scan_kernel: cuda`` without mamba-ssm.
+        ConfigError: ``scan_kernel`` names a package that is missing.
 
     Source: Liu et al., Mamba4Rec (arXiv 2403.03900), section 3.
     """

@@ -33,7 +33,7 @@ ADDED: dict[str, type] = {
 }  # fmt: skip
 #: what may be None in a record of today
 UNKNOWN = {"log", "flops", "command", "finished", "git_commit"}
-PACKAGES = ("torch", "fuxictr", "numpy", "polars", "scikit-learn", "h5py", "pydantic", "mamba-ssm")
+PACKAGES = ("torch", "fuxictr", "numpy", "polars", "scikit-learn", "h5py", "pydantic", "numba", "mamba-ssm")
 
 
 class RecordError(UserError):

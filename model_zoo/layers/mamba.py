@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model_zoo.layers.scan_autograd import row_slices
-from model_zoo.layers.selective_scan import ScanKernel, scan_function, selective_scan, selective_scan_last
+from model_zoo.layers.selective_scan import (
+    ScanKernel,
+    compiled_functions,
+    scan_function,
+    selective_scan,
+    selective_scan_last,
+)
 from model_zoo.layers.sequence import Sequence
 
 MambaInit = Literal["mamba", "recbole", "fuxictr"]
@@ -36,7 +42,7 @@ class Mamba(nn.Module):
 
     Raises:
         ValueError: a size below 1, or an unknown ``mamba_init`` or ``scan_kernel``.
-        ConfigError: ``scan_kernel: cuda`` without mamba-ssm.
+        ConfigError: ``scan_kernel`` names a package that is missing.
 
     Source: Gu and Dao, Mamba (arXiv 2312.00752), section 3.4 and figure 3; initial Delta: section 3.6.
     """
@@ -116,7 +122,7 @@ class Mamba(nn.Module):
 
     def _convolved(self, u: Tensor, mask: Tensor) -> Tensor:
         assert self.conv1d.bias is not None
-        return causal_conv(u, mask, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        return causal_conv(u, mask, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.scan_kernel)
 
 
 def init_linears(layers: list[Any], init_weight: Any) -> None:
@@ -132,7 +138,7 @@ def recbole_normal_(weight: Tensor) -> Tensor:
     return nn.init.normal_(weight, std=0.02)
 
 
-def causal_conv(u: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def causal_conv(u: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, kernel: ScanKernel = "auto") -> Tensor:
     """``SiLU(b + sum_j W_j u_{t-K+1+j})`` at real positions, zeros at padding; u counts as zero there and before t = 0.
 
     Args:
@@ -140,8 +146,12 @@ def causal_conv(u: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor
         mask: ``[B, T]`` bool, True = real.
         weight: ``[channels, K]``; tap K - 1 is the current position.
         bias: ``[channels]``.
+        kernel: see `compiled_functions`; what cannot go through numba's loops goes through PyTorch.
     """
-    return _CausalConv.apply(u, mask, weight, bias)
+    narrow = u.device.type == "cpu" and {u.dtype, weight.dtype, bias.dtype} == {torch.float32}
+    compiled = compiled_functions(kernel) if narrow else None
+    function = _CausalConv if compiled is None else compiled.CausalConv
+    return function.apply(u, mask, weight, bias)
 
 
 class _CausalConv(torch.autograd.Function):

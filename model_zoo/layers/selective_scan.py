@@ -11,16 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from model_zoo.errors import ConfigError
 from model_zoo.layers.scan_autograd import LastState, Scan
 
-ScanKernel = Literal["auto", "torch", "cuda"]
+ScanKernel = Literal["auto", "torch", "numba", "cuda"]
 
 
 def scan_loop(
@@ -78,8 +79,12 @@ def selective_scan(
         by_channel = (t.transpose(1, 2) for t in (u, delta))
         out = fused(*by_channel, A, B.transpose(1, 2), C.transpose(1, 2), D, z.transpose(1, 2), delta_bias, True)
         return out.transpose(1, 2).to(dtype)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, delta_bias))
-    y = Scan.apply(u, delta, A, B, C, delta_bias, lengths, keep)
+    compiled = compiled_functions(kernel, u, delta, A, B, C, delta_bias)
+    if compiled is not None:
+        y = compiled.Scan.apply(u, delta, A, B, C, delta_bias, lengths)
+    else:
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C, delta_bias))
+        y = Scan.apply(u, delta, A, B, C, delta_bias, lengths, keep)
     return ((y + D * u) * F.silu(z)).to(dtype)
 
 
@@ -110,32 +115,43 @@ def selective_scan_last(
         by_channel = (t.transpose(1, 2) for t in (u, delta))
         y = fused(*by_channel, A, B.transpose(1, 2), every_C, None, None, delta_bias, True)[:, :, -1]
     else:
-        y = (last_state(u, delta, A, B, delta_bias, lengths) * C.unsqueeze(1)).sum(2)
+        y = (last_state(u, delta, A, B, delta_bias, lengths, kernel) * C.unsqueeze(1)).sum(2)
     return ((y + D * u[:, -1]) * F.silu(z)).to(dtype)
 
 
 def last_state(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor, lengths: Tensor | None = None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor,
+    lengths: Tensor | None = None,
+    kernel: ScanKernel = "auto",
 ) -> Tensor:
     """``h_L``, ``[B, channels, states]``; arguments as in `selective_scan`, all of one dtype."""
-    return LastState.apply(u, delta, A, B, delta_bias, lengths).transpose(1, 2)
+    compiled = compiled_functions(kernel, u, delta, A, B, delta_bias)
+    function = LastState if compiled is None else compiled.LastState
+    return function.apply(u, delta, A, B, delta_bias, lengths).transpose(1, 2)
 
 
 def scan_function(kernel: ScanKernel, inputs: Tensor | None = None) -> Callable[..., Tensor] | None:
     """mamba_ssm's ``selective_scan_fn`` if ``kernel`` asks for it, None for the form in PyTorch.
 
     Args:
-        kernel: ``auto`` uses the CUDA kernel where the package has one and the inputs can go through it, ``torch`` never,
-            ``cuda`` always.
+        kernel: ``auto`` uses the CUDA kernel where the package has one and the inputs can go through it, ``torch`` and
+            ``numba`` never, ``cuda`` always.
         inputs: what is to be scanned; None checks the choice before there is a batch.
 
     Raises:
-        ConfigError: ``cuda`` and the package, or a GPU, or its precision is missing, or kernels must be deterministic.
+        ConfigError: ``cuda`` and the package, or a GPU, or its precision is missing, or kernels must be deterministic;
+            ``numba`` without that package.
         ValueError: no such kernel.
     """
-    if kernel not in ("auto", "torch", "cuda"):
-        raise ValueError(f"scan_kernel must be auto, torch or cuda, not {kernel!r}")
-    if kernel == "torch":
+    if kernel not in ("auto", "torch", "numba", "cuda"):
+        raise ValueError(f"scan_kernel must be auto, torch, numba or cuda, not {kernel!r}")
+    if kernel == "numba" and inputs is None:
+        compiled_functions(kernel)
+    if kernel in ("torch", "numba"):
         return None
     if torch.are_deterministic_algorithms_enabled():  # torch cannot see that the package's backward adds atomically
         if kernel == "cuda":
@@ -155,8 +171,51 @@ def scan_function(kernel: ScanKernel, inputs: Tensor | None = None) -> Callable[
             where = f"{inputs.dtype} on {inputs.device}"
             raise ConfigError(f"scan_kernel: cuda scans float32 or less on a GPU, not {where}; set gpu: 0, {fix}")
         fused, fault = None, f"{inputs.dtype} on {inputs.device}"
-    _log_kernel("mamba_ssm's CUDA kernel" if fused is not None else f"PyTorch ({fault})")
+    if inputs.is_cuda:  # what scans elsewhere, `compiled_functions` knows
+        _log_kernel("mamba_ssm's CUDA kernel" if fused is not None else f"PyTorch ({fault})")
     return fused
+
+
+def compiled_functions(kernel: ScanKernel, *inputs: Tensor) -> Any | None:
+    """The module `model_zoo.layers.scan_compiled` if ``kernel`` asks for it, None for the form in PyTorch.
+
+    Args:
+        kernel: ``auto`` uses numba's loops where numba is installed and the inputs can go through them, ``numba`` always,
+            the others never. A dispatch mode, such as a counter of operations, sees the form in PyTorch.
+        inputs: what is to be scanned; none checks the choice before there is a batch.
+
+    Raises:
+        ConfigError: ``numba`` and the package is missing, or the inputs are not float32 on a CPU.
+    """
+    if kernel not in ("auto", "numba"):
+        return None
+    functions, fault = _numba()
+    fix = "or set scan_kernel: auto"
+    if kernel == "numba" and functions is None:
+        raise ConfigError(
+            f"scan_kernel: numba needs numba ({fault}); install the extra (pip install 'longctr-mos[numba]'), {fix}"
+        )
+    other = next((t for t in inputs if t.device.type != "cpu" or t.dtype != torch.float32), None)
+    if other is not None:
+        where = f"{other.dtype} on {other.device}"
+        if kernel == "numba":
+            raise ConfigError(f"scan_kernel: numba scans float32 on a CPU, not {where}; {fix}")
+        functions, fault = None, where
+    if _len_torch_dispatch_stack():  # something counts or traces torch's operators: there must be some
+        return None
+    if inputs and not inputs[0].is_cuda:
+        _log_kernel("loops compiled by numba" if functions is not None else f"PyTorch ({fault})")
+    return functions
+
+
+@cache
+def _numba() -> tuple[Any | None, str]:
+    """The compiled functions, or None and why not."""
+    try:
+        from model_zoo.layers import scan_compiled
+    except Exception as error:  # numba lags behind numpy and Python, and auto can do without it
+        return None, f"{type(error).__name__}: {error}"
+    return scan_compiled, ""
 
 
 @cache

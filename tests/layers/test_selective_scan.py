@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model_zoo.errors import ConfigError
 from model_zoo.layers import scan_autograd, selective_scan
-from model_zoo.layers.selective_scan import last_state, scan_function, scan_loop, selective_scan_last
+from model_zoo.layers.selective_scan import compiled_functions, last_state, scan_function, scan_loop, selective_scan_last
 
 # float64 sums of a few dozen terms of order one, taken in another order
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -100,13 +100,16 @@ def test_numerical_gradients_of_both_functions():
     assert torch.autograd.gradcheck(selective_scan_last, leaves)
 
 
-def test_float32_stays_close_to_the_float64_loop_over_200_steps():
+@pytest.mark.parametrize("kernel", ["torch", "numba"])
+def test_float32_stays_close_to_the_float64_loop_over_200_steps(kernel):
+    if kernel == "numba":
+        pytest.importorskip("numba", reason="needs numba: pip install 'longctr-mos[numba]'")
     wide = arguments(4, 200, 6, 8)
     narrow = [t.detach().float().requires_grad_() for t in wide]
     expected, _ = scan_loop(*wide)
     for output, goal in (
-        (selective_scan.selective_scan(*narrow), expected),
-        (selective_scan_last(*newest(narrow)), expected[:, -1]),
+        (selective_scan.selective_scan(*narrow, kernel=kernel), expected),
+        (selective_scan_last(*newest(narrow), kernel=kernel), expected[:, -1]),
     ):
         torch.testing.assert_close(output.double(), goal, **SINGLE)
         weight = torch.randn(goal.shape, dtype=torch.double)
@@ -210,10 +213,12 @@ def test_kernel_choice(monkeypatch, caplog):
     inputs = torch.zeros(1)
     monkeypatch.setattr(selective_scan, "_mamba_ssm", lambda: (None, "ImportError: no mamba_ssm"))
     selective_scan._log_kernel.cache_clear()
+    on_gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.float, device="cuda:0")  # what the choice reads of a tensor
     with caplog.at_level(logging.INFO, "model_zoo"):
-        assert [scan_function("auto", inputs) for _ in range(3)] == [None] * 3
+        assert [scan_function("auto", on_gpu) for _ in range(3)] == [None] * 3
+        assert scan_function("auto", inputs) is None
     assert [r.name for r in caplog.records] == ["model_zoo"]
-    assert "PyTorch" in caplog.text
+    assert "PyTorch (ImportError: no mamba_ssm)" in caplog.text
     assert scan_function("torch", inputs) is None
     with pytest.raises(ConfigError, match=r"scan_kernel: cuda needs mamba-ssm .*no mamba_ssm.*\[mamba\].*kernel: auto"):
         scan_function("cuda")
@@ -222,13 +227,32 @@ def test_kernel_choice(monkeypatch, caplog):
     assert scan_function("cuda") is None
     with pytest.raises(ConfigError, match=r"scan_kernel: cuda scans .*not torch.float32 on cpu; set gpu: 0"):
         scan_function("cuda", inputs)
-    for dtype in (torch.float, torch.bfloat16, torch.double):  # what the choice reads of a tensor on a GPU
+    for dtype in (torch.float, torch.bfloat16, torch.double):
         on_gpu = types.SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
-        for kernel in ("auto", "torch"):
+        for kernel in ("auto", "torch", "numba"):
             goes = kernel == "auto" and dtype != torch.double
             assert scan_function(kernel, on_gpu) is (mamba_ssm_function if goes else None)
-    with pytest.raises(ValueError, match="scan_kernel must be auto, torch or cuda, not 'fast'"):
+    with pytest.raises(ValueError, match="scan_kernel must be auto, torch, numba or cuda, not 'fast'"):
         scan_function("fast")
+
+
+def test_choice_of_numbas_loops(monkeypatch, caplog):
+    narrow, wide = torch.zeros(1), torch.zeros(1, dtype=torch.double)
+    monkeypatch.setattr(selective_scan, "_numba", lambda: ("loops", ""))
+    selective_scan._log_kernel.cache_clear()
+    with caplog.at_level(logging.INFO, "model_zoo"):
+        assert [compiled_functions("auto", narrow, narrow) for _ in range(2)] == ["loops"] * 2
+    assert [r.getMessage() for r in caplog.records] == ["selective scan: loops compiled by numba"]
+    assert compiled_functions("numba", narrow) == "loops"
+    assert compiled_functions("torch", narrow) is compiled_functions("cuda", narrow) is None
+    assert compiled_functions("auto", narrow, wide) is None
+    with pytest.raises(ConfigError, match=r"numba scans float32 on a CPU, not torch.float64 on cpu; or set .*: auto"):
+        compiled_functions("numba", narrow, wide)
+    monkeypatch.setattr(selective_scan, "_numba", lambda: (None, "ImportError: no numba"))
+    assert compiled_functions("auto", narrow) is None
+    for check in (compiled_functions, scan_function):
+        with pytest.raises(ConfigError, match=r"numba needs numba \(ImportError: no numba\).*\[numba\].*kernel: auto"):
+            check("numba")
 
 
 def test_a_package_without_its_kernel_is_no_kernel(monkeypatch):

@@ -1,0 +1,206 @@
+"""The loops that numba compiles against the definition in float64: outputs, every gradient, padding, threads, extremes."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import ragged
+from test_selective_scan import arguments, newest
+from torch import Tensor, nn
+
+from model_zoo.experiment.flops_counter import FlopCounter
+from model_zoo.layers.mamba import Mamba, causal_conv
+from model_zoo.layers.selective_scan import last_state, scan_loop, selective_scan, selective_scan_last
+from model_zoo.layers.sequence import Sequence
+
+numba = pytest.importorskip("numba", reason="needs numba: pip install 'longctr-mos[numba]'")
+from model_zoo.layers import scan_compiled, scan_kernels  # noqa: E402
+
+# float32 rounding 6e-8, over sums of as many terms as the batch has positions; of the largest value of each tensor
+SINGLE = 2e-5
+
+
+def close(got: Tensor, want: Tensor, reach: float = SINGLE) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=reach * max(1e-3, want.abs().max().item()))
+
+
+def narrowed(wide: list[Tensor]) -> list[Tensor]:
+    return [t.detach().float().requires_grad_() for t in wide]
+
+
+def compare(lengths: list[int], length: int, channels: int, states: int, seed: int = 0) -> None:
+    """Both functions and the bare state, with padding, against the loop."""
+    wide = arguments(len(lengths), length, channels, states, seed=seed)
+    wide = [t.detach().float().double().requires_grad_() for t in wide]
+    given, count = narrowed(wide), torch.tensor(lengths)
+    real = torch.arange(length) >= length - count.unsqueeze(1)
+    expected, state = scan_loop(wide[0] * real.unsqueeze(2), *wide[1:])
+    u = given[0] * real.unsqueeze(2)
+    options = {"lengths": count, "kernel": "numba"}
+    for output, goal in (
+        (selective_scan(u, *given[1:], **options), expected),
+        (selective_scan_last(*newest([u, *given[1:]]), **options), expected[:, -1]),
+        (last_state(u, *given[1:4], given[7], **options), state),
+    ):
+        close(output, goal)
+        weight = torch.randn(goal.shape).double()
+        wants = torch.autograd.grad((goal * weight).sum(), wide, allow_unused=True, retain_graph=True)
+        gots = torch.autograd.grad((output * weight.float()).sum(), given, allow_unused=True, retain_graph=True)
+        for got, want in zip(gots, wants, strict=True):
+            assert (got is None) == (want is None)
+            if got is not None:
+                close(got, want)
+
+
+@pytest.mark.parametrize("states", [1, 4])
+@pytest.mark.parametrize("channels", [1, 5, 16, 33])
+def test_outputs_and_every_gradient_equal_the_loop(channels, states):
+    compare([11, 4, 0, 1, 11], 11, channels, states)
+
+
+def test_a_batch_of_several_chunks():
+    compare([3, 0, 2] * (2 * scan_compiled.CHUNK // 3), 3, 5, 2)
+
+
+def test_channels_in_several_blocks():
+    length, states, channels = 300, 32, 20
+    assert max(16, scan_kernels.BLOCK_FLOATS // (length * states + 1)) < channels
+    compare([300, 7], length, channels, states)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    channels=st.integers(1, 20),
+    states=st.integers(1, 6),
+    seed=st.integers(0, 50),
+)
+def test_any_shape(lengths, channels, states, seed):
+    compare(lengths, 9, channels, states, seed)
+
+
+@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("length", [2, 7])
+def test_convolution_equals_torchs(length, taps):
+    torch.manual_seed(0)
+    conv = nn.Conv1d(6, 6, taps, groups=6, padding=taps - 1).double()
+    u = torch.randn(5, length, 6, dtype=torch.double, requires_grad=True)
+    mask = torch.arange(length) >= length - torch.tensor([7, 3, 0, 1, 5]).unsqueeze(1)
+    weights = mask.unsqueeze(2)
+    expected = F.silu(conv((u * weights).transpose(1, 2))[..., :length].transpose(1, 2)) * weights
+    wide = [u, conv.weight, conv.bias]
+    given = narrowed(wide)
+    output = causal_conv(given[0], mask, given[1].squeeze(1), given[2], "numba")
+    close(output, expected)
+    weight = torch.randn(expected.shape).double()
+    wants = torch.autograd.grad((expected * weight).sum(), wide)
+    for got, want in zip(torch.autograd.grad((output * weight.float()).sum(), given), wants, strict=True):
+        close(got, want)
+
+
+def test_blocks_with_both_kernels_agree():
+    sequence, found = ragged([20, 7, 0, 1], 12, padding=3, dtype=torch.float), []
+    for kernel in ("torch", "numba"):
+        torch.manual_seed(0)
+        layer = Mamba(12, d_state=4, scan_kernel=kernel)
+        outputs = layer(sequence)[sequence.mask], layer.newest(sequence)[sequence.mask[:, -1]]
+        leaves = [sequence.items, *layer.parameters()]
+        slopes = [torch.autograd.grad(o.square().sum(), leaves) for o in outputs]
+        found.append([*outputs, *slopes[0], *slopes[1]])
+    for one, other in zip(*found, strict=True):
+        close(other.detach(), one.detach().double())
+
+
+def test_padding_with_nan_is_never_read():
+    layer, sequence = Mamba(12, d_state=4, scan_kernel="numba"), ragged([20, 7, 0, 1], 12, padding=3, dtype=torch.float)
+    items = torch.cat([sequence.items.detach(), torch.full((1, 12), torch.nan)])
+    poisoned = Sequence(items, sequence.index.masked_fill(~sequence.mask, len(items) - 1), sequence.mask)
+    real = sequence.mask[:, -1]
+    assert torch.equal(layer(poisoned)[sequence.mask], layer(sequence)[sequence.mask])
+    assert torch.equal(layer.newest(poisoned)[real], layer.newest(sequence)[real])
+
+
+def test_threads_change_no_bit():
+    given = narrowed(arguments(3 * scan_compiled.CHUNK, 9, 6, 3))
+    mask = torch.ones(len(given[0]), 9, dtype=torch.bool)
+    weight, bias = torch.randn(6, 4, requires_grad=True), torch.randn(6, requires_grad=True)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs = [
+                selective_scan(*given, kernel="numba"), selective_scan_last(*newest(given), kernel="numba"),
+                causal_conv(given[0], mask, weight, bias, "numba"),
+            ]  # fmt: skip
+            leaves = [*given[:4], given[7], weight, bias]
+            slopes = [torch.autograd.grad(o.sum(), leaves, allow_unused=True) for o in outputs]
+            found.append([*outputs, *(s for found in slopes for s in found if s is not None)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        # torch's own sums around the loops may differ with threads; what the loops return may not
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_a_counter_of_operations_counts_the_same():
+    given, mask = narrowed(arguments(2, 6, 3, 2)), torch.ones(2, 6, dtype=torch.bool)
+    weight, bias = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+    counts = []
+    for kernel in ("torch", "numba"):
+        with FlopCounter() as counter:
+            conv = causal_conv(given[0], mask, weight, bias, kernel)
+            output = selective_scan_last(*newest([conv, *given[1:]]), kernel=kernel)
+            torch.autograd.grad(output.sum(), [given[0], weight])
+        counts.append(counter.flops)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_makes_its_own_threads():
+    scan_compiled._pool(2)
+    assert scan_compiled._pool.cache_info().currsize
+    child = os.fork()
+    if child == 0:
+        os._exit(scan_compiled._pool.cache_info().currsize)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_strong_decay_and_large_steps_stay_finite_and_right():
+    wide = arguments(length=40)
+    strong = [t.detach().clone() for t in wide]
+    strong[1] += 6  # Delta about 5: exp(Delta A) underflows over a few steps
+    strong[1][0, 3] = 95.0
+    strong[1][1, 5] = -95.0
+    strong[2] *= 6
+    wide = [t.float().double().requires_grad_() for t in strong]
+    given, expected = narrowed(wide), scan_loop(*wide)[0]
+    for output, goal in (
+        (selective_scan(*given, kernel="numba"), expected),
+        (selective_scan_last(*newest(given), kernel="numba"), expected[:, -1]),
+    ):
+        close(output, goal)
+        wants = torch.autograd.grad(goal.sum(), wide, allow_unused=True, retain_graph=True)
+        for got, want in zip(torch.autograd.grad(output.sum(), given, allow_unused=True), wants, strict=True):
+            if got is not None:
+                close(got, want)
+
+
+@pytest.mark.parametrize("argument", range(5))
+def test_nan_comes_through(argument):
+    """A broken weight or vector is seen in the outputs, as the guards of a training need."""
+    given = [t.detach().float() for t in arguments(2, 6, 3, 2)]
+    given[argument].view(-1)[0] = torch.nan
+    for output in (selective_scan(*given, kernel="numba"), selective_scan_last(*newest(given), kernel="numba")):
+        assert bool(output.isnan().any()) or (argument == 4 and output.ndim == 2)  # C of another position is not read
+
+
+def test_empty_batches_and_histories():
+    for shape in ((0, 11, 5), (3, 0, 5)):
+        given = narrowed(arguments(*shape[:2]))
+        output = selective_scan(*given, kernel="numba")
+        assert output.shape == shape
+        assert all(g.shape == t.shape for g, t in zip(torch.autograd.grad(output.sum(), given[:4]), given, strict=False))
