@@ -25,7 +25,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 #: numpy's division has no branch for a zero, with which a loop would not use vector units
 OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy"}
 #: floats of one channel block's states over a whole history: a core's second level of cache
-BLOCK_FLOATS = 2**17
+BLOCK_FLOATS = 2**18
 #: exponents below which a weight is held: its square is the smallest normal number's
 LOWEST = np.float32(np.log(np.finfo(np.float32).tiny) / 2)
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -120,8 +120,8 @@ def last_state_gradients(u, delta, A, B, bias, begin, first, last, grad, du, dde
     length, channels, states = u.shape[1], u.shape[2], len(A)
     step, slope = np.empty((length, channels), np.float32), np.empty((length, channels), np.float32)
     dx, drest = np.empty((length, channels), np.float32), np.empty((length, channels), np.float32)
-    rest, x = np.empty(channels, np.float32), np.empty(channels, np.float32)
-    scaled, dstep = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    rest, x, scaled = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.float32)
+    weight, dstep = np.empty(channels, np.float32), np.empty(channels, np.float32)
     for row in range(first, last):
         du[row, : begin[row]] = 0
         ddelta[row, : begin[row]] = 0
@@ -138,12 +138,13 @@ def last_state_gradients(u, delta, A, B, bias, begin, first, last, grad, du, dde
                 b, total = B[row, t, n], np.float32(0)
                 for c in range(channels):
                     exponent = rest[c] * A[n, c]
-                    weight = _exp(LOWEST if exponent < LOWEST else exponent) * grad[row, n, c]
-                    total += weight * x[c]
-                    weight *= b
-                    dx[t, c] += weight
-                    dA[n, c] += weight * scaled[c]
-                    drest[t, c] += weight * A[n, c]
+                    w = _exp(LOWEST if exponent < LOWEST else exponent) * grad[row, n, c]
+                    total += w * x[c]
+                    weight[c] = w * b
+                for c in range(channels):
+                    dx[t, c] += weight[c]
+                    dA[n, c] += weight[c] * scaled[c]
+                    drest[t, c] += weight[c] * A[n, c]
                 dB[row, t, n] = total
             for c in range(channels):
                 drest[t, c] *= x[c]
@@ -178,16 +179,22 @@ def scan(u, delta, A, B, C, bias, begin, first, last, y):
                     y[row, t, c] += read * state[n, c]
 
 
+@numba.njit(**OPTIONS)
+def _block(length, states, channels):
+    """Channels worked on together, whole vectors of them."""
+    return min(channels, max(32, BLOCK_FLOATS // (length * states + 1) // 16 * 16))
+
+
 @numba.njit(nogil=True, cache=True, **OPTIONS)
 def scan_gradients(u, delta, A, B, C, bias, begin, first, last, grad, du, ddelta, dB, dC, dA, dbias):
     """Gradients from that of y; those of A and the bias are added to. The states of a few channels are computed again."""
     length, channels, states = u.shape[1], u.shape[2], len(A)
-    block = min(channels, max(16, BLOCK_FLOATS // (length * states + 1)))
-    decay = np.empty((length, states, block), np.float32)
+    block = _block(length, states, channels)
     carried = np.empty((length, states, block), np.float32)  # decay times the state before
     step, slope = np.empty((length, block), np.float32), np.empty((length, block), np.float32)
     x, g = np.empty((length, block), np.float32), np.empty((states, block), np.float32)
-    dx, dstep = np.empty(block, np.float32), np.empty(block, np.float32)
+    dx, dy, dstep = np.empty(block, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
+    a, da = np.empty((states, block), np.float32), np.empty((states, block), np.float32)
     for row in range(first, last):
         du[row, : begin[row]] = 0
         ddelta[row, : begin[row]] = 0
@@ -195,6 +202,8 @@ def scan_gradients(u, delta, A, B, C, bias, begin, first, last, grad, du, ddelta
         dC[row] = 0
         for left in range(0, channels, block):
             width = min(block, channels - left)
+            a[:, :width] = A[:, left : left + width]
+            da[:] = 0
             g[:] = 0
             for t in range(begin[row], length):
                 for c in range(width):
@@ -203,24 +212,27 @@ def scan_gradients(u, delta, A, B, C, bias, begin, first, last, grad, du, ddelta
                 for n in range(states):
                     b = B[row, t, n]
                     for c in range(width):  # g holds the state for now
-                        decay[t, n, c] = _exp(step[t, c] * A[n, left + c])
-                        carried[t, n, c] = decay[t, n, c] * g[n, c]
+                        carried[t, n, c] = _exp(step[t, c] * a[n, c]) * g[n, c]
                         g[n, c] = carried[t, n, c] + b * x[t, c]
             g[:] = 0
             for t in range(length - 1, begin[row] - 1, -1):
-                dx[:] = 0
-                dstep[:] = 0
+                for c in range(width):
+                    dx[c] = 0
+                    dstep[c] = 0
+                    dy[c] = grad[row, t, left + c]
                 for n in range(states):
                     b, read, of_b, of_c = B[row, t, n], C[row, t, n], np.float32(0), np.float32(0)
                     for c in range(width):
-                        dh = g[n, c] + read * grad[row, t, left + c]
-                        of_c += (carried[t, n, c] + b * x[t, c]) * grad[row, t, left + c]
+                        dh = g[n, c] + read * dy[c]
+                        of_c += (carried[t, n, c] + b * x[t, c]) * dy[c]
                         of_b += dh * x[t, c]
                         dx[c] += dh * b
-                        dweight = dh * carried[t, n, c]
-                        dA[n, left + c] += dweight * step[t, c]
-                        dstep[c] += dweight * A[n, left + c]
-                        g[n, c] = dh * decay[t, n, c]
+                        g[n, c] = dh
+                    for c in range(width):
+                        dweight = g[n, c] * carried[t, n, c]
+                        g[n, c] *= _exp(step[t, c] * a[n, c])
+                        da[n, c] += dweight * step[t, c]
+                        dstep[c] += dweight * a[n, c]
                     dB[row, t, n] += of_b
                     dC[row, t, n] += of_c
                 for c in range(width):
@@ -228,6 +240,7 @@ def scan_gradients(u, delta, A, B, C, bias, begin, first, last, grad, du, ddelta
                     ddelta[row, t, left + c] = slant
                     dbias[left + c] += slant
                     du[row, t, left + c] = dx[c] * step[t, c]
+            dA[:, left : left + width] += da[:, :width]
 
 
 @numba.njit(nogil=True, cache=True, **OPTIONS)

@@ -67,8 +67,8 @@ def test_a_batch_of_several_chunks():
 
 
 def test_channels_in_several_blocks():
-    length, states, channels = 300, 32, 20
-    assert max(16, scan_kernels.BLOCK_FLOATS // (length * states + 1)) < channels
+    length, states, channels = 300, 32, 40
+    assert scan_kernels._block(length, states, channels) == 32
     compare([300, 7], length, channels, states)
 
 
