@@ -1,7 +1,7 @@
 """The selective scan's forms beside each other: seconds and peak memory of forward and backward, a process for each.
 
 ``python benchmark/selective_scan.py`` takes the shape of which the plain loop is still bearable; Mamba4Rec's own shape is
-``--batch 2048 --channels 384 --states 32 --forms scan last``.
+``--batch 2048 --channels 384 --states 32 --forms scan last``. ``scan-numba`` and ``last-numba`` need numba.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from model_zoo.layers.selective_scan import scan_loop, selective_scan, selective_scan_last
+from model_zoo.layers.selective_scan import ScanKernel, scan_loop, selective_scan, selective_scan_last
 
 
 def loop(*given: Tensor) -> Tensor:
@@ -26,23 +27,25 @@ def loop(*given: Tensor) -> Tensor:
     return scan_loop(*given)[0]
 
 
-def scan(*given: Tensor) -> Tensor:
+def scan(*given: Tensor, kernel: ScanKernel = "torch") -> Tensor:
     """The form for every position."""
-    return selective_scan(*given, kernel="torch")
+    return selective_scan(*given, kernel=kernel)
 
 
-def last(*given: Tensor) -> Tensor:
+def last(*given: Tensor, kernel: ScanKernel = "torch") -> Tensor:
     """The form for the newest position."""
     u, delta, A, B, C, D, z, bias = given
-    return selective_scan_last(u, delta, A, B, C[:, -1], D, z[:, -1], bias, kernel="torch")
+    return selective_scan_last(u, delta, A, B, C[:, -1], D, z[:, -1], bias, kernel=kernel)
 
 
-def kernel(*given: Tensor) -> Tensor:
-    """mamba_ssm's kernel (CUDA)."""
-    return selective_scan(*given, kernel="cuda")
-
-
-FORMS: dict[str, Callable[..., Tensor]] = {"loop": loop, "scan": scan, "last": last, "kernel": kernel}
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "loop": loop,
+    "scan": scan,
+    "last": last,
+    "scan-numba": partial(scan, kernel="numba"),
+    "last-numba": partial(last, kernel="numba"),
+    "kernel": partial(scan, kernel="cuda"),
+}
 
 
 def arguments(batch: int, length: int, channels: int, states: int, device: str) -> list[Tensor]:
