@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from glob import escape, glob
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -111,8 +112,20 @@ def newest_run(params: dict[str, Any], expid: str) -> Run | None:
 
 def identity(fingerprint: dict[str, str]) -> dict[str, Any]:
     """What must not change between a run's processes: data; and what should not: versions, threads."""
-    versions = {"torch": torch.__version__, "fuxictr": FUXICTR_VERSION, "threads": torch.get_num_threads()}
-    return {"data": fingerprint, **versions}
+    return {
+        "data": fingerprint,
+        "torch": torch.__version__,
+        "fuxictr": FUXICTR_VERSION,
+        "numba": _version("numba"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def saved_state(run: Run, now: dict[str, Any]) -> dict[str, Any] | None:
@@ -134,8 +147,8 @@ def saved_state(run: Run, now: dict[str, Any]) -> dict[str, Any] | None:
     if changed or set(before["data"]) != set(now["data"]):
         names = ", ".join(changed) or "the list of files"
         raise DataError(f"--resume {run.folder}: {names} changed since the run began; put the files back, or start anew")
-    for name in ("torch", "fuxictr", "threads"):
-        if before[name] != now[name]:
+    for name in ("torch", "fuxictr", "numba", "threads"):
+        if before.get(name, now[name]) != now[name]:  # states of before numba was used do not name it
             logger.warning("resumed with %s %s, begun with %s: the result may differ in its last digits from a run "
                            "without a stop", name, now[name], before[name])  # fmt: skip
     return state

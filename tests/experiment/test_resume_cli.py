@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, Answer
 from kills import Kill, Trials, differences, experiment, outcome
 
+from model_zoo.experiment import unfinished
 from model_zoo.experiment.unfinished import LOCK_FILE
 from model_zoo.files import locked
 
@@ -102,6 +103,22 @@ def test_changed_data_are_refused(trials: Trials, stopped: Path, cli: Cli) -> No
     done = cli("--config", trials.config, "--resume", run_folder(stopped), root=stopped)
     assert done.code == 2
     assert "train_data changed since the run began; put the files back, or start anew" in done.err
+
+
+def test_another_version_or_number_of_threads_is_said(monkeypatch, caplog, tmp_path: Path) -> None:
+    run, now = unfinished.Run(str(tmp_path), "x", {}), unfinished.identity({"train": "a"})
+    (tmp_path / unfinished.STATE_FILE).touch()
+    before = {**now, "numba": "0.1", "threads": 99}
+    monkeypatch.setattr(unfinished, "read_state_file", lambda path: {"identity": before})
+    unfinished.saved_state(run, now)
+    assert len(caplog.records) == 2
+    assert f"resumed with numba {now['numba']}, begun with 0.1: " in caplog.text
+    assert f"resumed with threads {now['threads']}, begun with 99: " in caplog.text
+    caplog.clear()
+    del before["numba"]  # a state of before it was recorded
+    before["threads"] = now["threads"]
+    unfinished.saved_state(run, now)
+    assert not caplog.records
 
 
 def test_a_run_that_is_running_is_not_resumed(trials: Trials, stopped: Path, cli: Cli) -> None:
