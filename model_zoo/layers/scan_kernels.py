@@ -32,6 +32,15 @@ _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.69335
 _LEAST = np.float32(-87.0)
 
 
+def _kernel(function: Any) -> Any:
+    """Compiled at its first call, outside Python's lock, and kept on disk for later processes if numba finds a place."""
+    options = {"nogil": True, **OPTIONS}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written
+        return numba.njit(**options)(function)
+
+
 @intrinsic
 def _power_of_two(context: Any, exponent: Any) -> Any:
     """``2 ** exponent`` of an int32 in -126..127, by its bits: a form that vector units take, which ``ldexp`` is not."""
@@ -96,7 +105,7 @@ def _sigmoid(x):
     return inverse if x >= 0 else e * inverse
 
 
-@numba.njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def last_state(u, delta, A, B, bias, begin, first, last, h):
     """``h [b, states, channels]``, each row's state after its newest position."""
     length, channels = u.shape[1], u.shape[2]
@@ -114,7 +123,7 @@ def last_state(u, delta, A, B, bias, begin, first, last, h):
                     state[n, c] = _exp(step[c] * A[n, c]) * state[n, c] + b * x[c]
 
 
-@numba.njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def last_state_gradients(u, delta, A, B, bias, begin, first, last, grad, du, ddelta, dB, dA, dbias):
     """Gradients from that of the state, ``grad [b, states, channels]``; those of A and the bias are added to."""
     length, channels, states = u.shape[1], u.shape[2], len(A)
@@ -159,7 +168,7 @@ def last_state_gradients(u, delta, A, B, bias, begin, first, last, grad, du, dde
                 dstep[c] += drest[t, c]  # a step is part of the rest of the positions before it
 
 
-@numba.njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def scan(u, delta, A, B, C, bias, begin, first, last, y):
     """``y [b, L, channels]``, the output at every position without D and gate; zeros at padding."""
     length, channels, states = u.shape[1], u.shape[2], len(A)
@@ -185,7 +194,7 @@ def _block(length, states, channels):
     return min(channels, max(32, BLOCK_FLOATS // (length * states + 1) // 16 * 16))
 
 
-@numba.njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def scan_gradients(u, delta, A, B, C, bias, begin, first, last, grad, du, ddelta, dB, dC, dA, dbias):
     """Gradients from that of y; those of A and the bias are added to. The states of a few channels are computed again."""
     length, channels, states = u.shape[1], u.shape[2], len(A)
@@ -243,7 +252,7 @@ def scan_gradients(u, delta, A, B, C, bias, begin, first, last, grad, du, ddelta
             dA[:, left : left + width] += da[:, :width]
 
 
-@numba.njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def convolve(u, mask, weight, bias, first, last, out):
     """``SiLU(b + sum_j W_j u_{t-K+1+j})`` where ``mask [b, L]``, zeros elsewhere; ``weight [K, channels]``."""
     length, channels, taps = u.shape[1], u.shape[2], len(weight)
@@ -264,7 +273,7 @@ def convolve(u, mask, weight, bias, first, last, out):
                 out[row, t, c] = total[c] * _sigmoid(total[c])
 
 
-@numba.njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def convolve_gradients(u, mask, weight, bias, first, last, grad, du, dweight, dbias):
     """Gradients from that of the output; those of the weight and the bias are added to."""
     length, channels, taps = u.shape[1], u.shape[2], len(weight)

@@ -189,18 +189,16 @@ def compiled_functions(kernel: ScanKernel, *inputs: Tensor) -> Any | None:
     """
     if kernel not in ("auto", "numba"):
         return None
-    functions, fault = _numba()
-    fix = "or set scan_kernel: auto"
+    other = next((t for t in inputs if t.device.type != "cpu" or t.dtype != torch.float32), None)
+    where = "" if other is None else f"{other.dtype} on {other.device}"
+    functions, fault = _numba() if other is None else (None, where)
     if kernel == "numba" and functions is None:
+        fix = "or set scan_kernel: auto"
+        if other is not None:
+            raise ConfigError(f"scan_kernel: numba scans float32 on a CPU, not {where}; {fix}")
         raise ConfigError(
             f"scan_kernel: numba needs numba ({fault}); install the extra (pip install 'longctr-mos[numba]'), {fix}"
         )
-    other = next((t for t in inputs if t.device.type != "cpu" or t.dtype != torch.float32), None)
-    if other is not None:
-        where = f"{other.dtype} on {other.device}"
-        if kernel == "numba":
-            raise ConfigError(f"scan_kernel: numba scans float32 on a CPU, not {where}; {fix}")
-        functions, fault = None, where
     if _len_torch_dispatch_stack():  # something counts or traces torch's operators: there must be some
         return None
     if inputs and not inputs[0].is_cuda:

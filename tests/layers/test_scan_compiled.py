@@ -198,6 +198,20 @@ def test_nan_comes_through(argument):
         assert bool(output.isnan().any()) or (argument == 4 and output.ndim == 2)  # C of another position is not read
 
 
+def test_without_a_place_for_its_cache_numba_compiles_in_every_process(monkeypatch):
+    asked, njit = [], numba.njit
+
+    def refused(**options):
+        asked.append(options.pop("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(scan_kernels.numba, "njit", refused)
+    assert scan_kernels._kernel(lambda x: x + 1)(2) == 3
+    assert asked == [True, False]
+
+
 def test_empty_batches_and_histories():
     for shape in ((0, 11, 5), (3, 0, 5)):
         given = narrowed(arguments(*shape[:2]))
