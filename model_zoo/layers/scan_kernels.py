@@ -65,7 +65,7 @@ def _truncated(context: Any, value: Any) -> Any:
 
 @numba.njit(inline="always", **OPTIONS)
 def _exp(x):
-    """exp of ``x <= 0`` to 2 ulp; 1.6e-38 below -87."""
+    """exp of ``x <= 0``, relative error below 2e-7; 1.6e-38 below -87. The polynomial is that of Cephes' ``expf``."""
     x = _LEAST if x < _LEAST else x
     number = _truncated(x * _LOG2E - np.float32(0.5))
     n = np.float32(number)
@@ -81,7 +81,7 @@ def _exp(x):
 
 @numba.njit(inline="always", **OPTIONS)
 def _softplus(x):
-    """``log(1 + exp(x))`` and its derivative, the sigmoid."""
+    """``log(1 + exp(x))`` and its derivative, the sigmoid; relative errors below 4e-7."""
     e = _exp(-abs(x))
     s = e / (np.float32(2) + e)  # log1p(e) = 2 atanh(s), s <= 1/3
     q = s * s
@@ -100,6 +100,7 @@ def _softplus(x):
 
 @numba.njit(inline="always", **OPTIONS)
 def _sigmoid(x):
+    """The second of `_softplus` without the first."""
     e = _exp(-abs(x))
     inverse = np.float32(1) / (np.float32(1) + e)
     return inverse if x >= 0 else e * inverse

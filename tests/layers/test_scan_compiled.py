@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,27 @@ def compare(lengths: list[int], length: int, channels: int, states: int, seed: i
             assert (got is None) == (want is None)
             if got is not None:
                 close(got, want)
+
+
+def test_elementary_functions_over_their_range():
+    @numba.njit
+    def each(x, y):
+        out = np.empty((4, len(x)), np.float32)
+        for i in range(len(x)):
+            out[0, i] = scan_kernels._exp(x[i])
+            out[1, i], out[2, i] = scan_kernels._softplus(y[i])
+            out[3, i] = scan_kernels._sigmoid(y[i])
+        return out
+
+    x, y = np.linspace(-87, 0, 100_001, dtype=np.float32), np.linspace(-80, 80, 100_001, dtype=np.float32)
+    exp, softplus, slope, sigmoid = each(x, y).astype(np.float64)
+    wide = y.astype(np.float64)
+    np.testing.assert_allclose(exp, np.exp(x.astype(np.float64)), rtol=2e-7)
+    np.testing.assert_allclose(softplus, np.logaddexp(0, wide), rtol=4e-7)
+    np.testing.assert_allclose(sigmoid, 1 / (1 + np.exp(-wide)), rtol=4e-7)
+    assert np.array_equal(slope, sigmoid)
+    far = np.array([-1e30, -np.inf], np.float32)
+    assert 0 < each(far, far)[:2].min() <= each(far, far)[:2].max() < 2e-38
 
 
 @pytest.mark.parametrize("states", [1, 4])
