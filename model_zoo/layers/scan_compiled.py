@@ -1,7 +1,7 @@
 """Autograd functions over `model_zoo.layers.scan_kernels`; importing this module needs numba (the extra ``numba``).
 
-Rows are worked on in chunks of a fixed size, on as many threads as torch has, and the chunks' sums are added in the order
-of the rows: neither outputs nor gradients depend on the number of threads.
+Rows are worked on in chunks whose size depends on the batch alone, on as many threads as torch has, and the chunks' sums
+are added in the order of the rows: neither outputs nor gradients depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from model_zoo.layers import scan_kernels
 
-#: batch rows of one call
-CHUNK = 64
+#: batch rows of one call, and calls at most, each with its own sums
+CHUNK, CHUNKS = 64, 256
 
 Array = NDArray[np.float32]
 
@@ -31,6 +31,7 @@ class LastState(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, bias: Tensor, lengths: Tensor | None) -> Tensor:
+        _check(u, delta, A, bias, B=B)
         given = _arrays(u, delta, A.T, B, bias)
         begin = _begin(u, lengths)
         states = u.new_empty(len(u), A.shape[1], A.shape[0])
@@ -43,7 +44,7 @@ class LastState(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, bias, lengths = ctx.saved_tensors
         given, begin, (dstates,) = _arrays(u, delta, A.T, B, bias), _begin(u, lengths), _arrays(grad)
-        found = [torch.empty(t.shape) for t in (u, delta, B)]
+        found = [t.new_empty(t.shape) for t in (u, delta, B)]
         into = [t.numpy() for t in found]
         dA, dbias = _run(
             len(u),
@@ -63,9 +64,10 @@ class Scan(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: Tensor, lengths: Tensor | None
     ) -> Tensor:
+        _check(u, delta, A, bias, B=B, C=C)
         given = _arrays(u, delta, A.T, B, C, bias)
         begin = _begin(u, lengths)
-        y = torch.empty(u.shape)
+        y = u.new_empty(u.shape)
         _run(len(u), lambda first, last, _: scan_kernels.scan(*given, begin, first, last, y.numpy()))
         ctx.save_for_backward(u, delta, A, B, C, bias, lengths)
         return y
@@ -75,7 +77,7 @@ class Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, bias, lengths = ctx.saved_tensors
         given, begin, (dy,) = _arrays(u, delta, A.T, B, C, bias), _begin(u, lengths), _arrays(grad)
-        found = [torch.empty(t.shape) for t in (u, delta, B, C)]
+        found = [t.new_empty(t.shape) for t in (u, delta, B, C)]
         into = [t.numpy() for t in found]
         dA, dbias = _run(
             len(u),
@@ -91,8 +93,11 @@ class CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        _expect("mask", mask, u.shape[:2])
+        _expect("weight", weight, (u.shape[2], weight.shape[1]))
+        _expect("bias", bias, u.shape[2:])
         given, real = _arrays(u, weight.T, bias), mask.contiguous().numpy()
-        out = torch.empty(u.shape)
+        out = u.new_empty(u.shape)
         _run(
             len(u),
             lambda first, last, _: scan_kernels.convolve(given[0], real, *given[1:], first, last, out.numpy()),
@@ -105,7 +110,7 @@ class CausalConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, mask, weight, bias = ctx.saved_tensors
         given, real, (dout,) = _arrays(u, weight.T, bias), mask.contiguous().numpy(), _arrays(grad)
-        du = torch.empty(u.shape)
+        du = u.new_empty(u.shape)
         dweight, dbias = _run(
             len(u),
             lambda first, last, sums: scan_kernels.convolve_gradients(
@@ -116,22 +121,56 @@ class CausalConv(torch.autograd.Function):
         return du, None, dweight.T, dbias
 
 
+def _check(u: Tensor, delta: Tensor, A: Tensor, bias: Tensor, **by_state: Tensor) -> None:
+    """The loops look at no bound: shapes must be those of `model_zoo.layers.selective_scan`, nothing is broadcast.
+
+    Raises:
+        ValueError: one is not.
+    """
+    batch, length, channels = u.shape
+    _expect("delta", delta, u.shape)
+    _expect("A", A, (channels, A.shape[1]))
+    _expect("delta_bias", bias, (channels,))
+    for name, given in by_state.items():
+        _expect(name, given, (batch, length, A.shape[1]))
+
+
+def _expect(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+    if given.shape != shape:
+        raise ValueError(f"{name} must be of shape {tuple(shape)}, not {tuple(given.shape)}")
+
+
 def _arrays(*tensors: Tensor) -> list[Array]:
-    return [t.detach().contiguous().numpy() for t in tensors]
+    return [t.detach().resolve_neg().contiguous().numpy() for t in tensors]
 
 
 def _begin(u: Tensor, lengths: Tensor | None) -> NDArray[np.int64]:
-    """Each row's first real position."""
-    return np.zeros(len(u), np.int64) if lengths is None else u.shape[1] - lengths.numpy()
+    """Each row's first real position.
+
+    Raises:
+        ValueError: a length is none of a row of u.
+    """
+    if lengths is None:
+        return np.zeros(len(u), np.int64)
+    _expect("lengths", lengths, u.shape[:1])
+    begin: NDArray[np.int64] = u.shape[1] - lengths.numpy()
+    if len(begin) and not 0 <= begin.min() <= begin.max() <= u.shape[1]:
+        raise ValueError(f"lengths must lie in 0..{u.shape[1]}")
+    return begin
 
 
 def _run(rows: int, work: Callable[[int, int, list[Array]], None], *summed: Array) -> list[Tensor]:
     """``work(first, last, sums)`` over chunks of the rows; the sums, zeros like ``summed`` at first, over all chunks."""
-    starts = range(0, rows, CHUNK)
+    size = max(CHUNK, -(-rows // CHUNKS))
+    starts = range(0, rows, size)
     sums = [np.zeros((len(starts), *array.shape), np.float32) for array in summed]
 
     def one(number: int) -> None:
-        work(starts[number], min(starts[number] + CHUNK, rows), [total[number] for total in sums])
+        given = starts[number], min(starts[number] + size, rows), [total[number] for total in sums]
+        try:
+            work(*given)
+        except OSError:  # numba compiled the loop but could not write it to its cache: before it ran
+            work(*given)
 
     threads = torch.get_num_threads()
     if threads == 1 or len(starts) < 2:

@@ -1,14 +1,13 @@
 """The selective scan and its convolution as loops that numba compiles for a CPU: one history at a time, channels innermost.
 
-A history's working set stays in the first levels of cache, each number of it is read once, nothing is transposed and
-nothing kept for backward. The formulae are those of `model_zoo.layers.scan_autograd`, in PyTorch. Each function works on
-the batch rows ``first`` to ``last``. Arrays are C-contiguous float32: ``u``, ``delta`` and their gradients
-``[b, L, channels]``, ``A`` ``[states, channels]``, ``B`` and ``C`` ``[b, L, states]``; ``begin [b]`` int64 is each row's
-first real position.
+A history's working set stays in the first levels of cache, nothing is transposed and nothing kept for backward. The
+formulae are those of `model_zoo.layers.scan_autograd`, in PyTorch. Each function works on the batch rows ``first`` to
+``last`` and looks at no bound. Arrays are C-contiguous float32: ``u``, ``delta`` and their gradients ``[b, L, channels]``,
+``A`` ``[states, channels]``, ``B`` and ``C`` ``[b, L, states]``; ``begin [b]`` int64 is each row's first real position.
 """
 
 # what numba compiles has no annotations
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,call-arg,var-annotated"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,call-arg,var-annotated,attr-defined"
 
 from __future__ import annotations
 
@@ -20,13 +19,16 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
 #: Sums over channels may be taken in any order, as vector units need; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 #: numpy's division has no branch for a zero, with which a loop would not use vector units
 OPTIONS: dict[str, Any] = {"fastmath": FAST, "error_model": "numpy"}
-#: floats of one channel block's states over a whole history: a core's second level of cache
+#: floats of one channel block's states over a whole history, if 32 channels have no more: about a second level of cache
 BLOCK_FLOATS = 2**18
-#: exponents below which a weight is held: its square is the smallest normal number's
+#: exponents below which a weight is held: the square root of the smallest normal number, as in `LastState`
 LOWEST = np.float32(np.log(np.finfo(np.float32).tiny) / 2)
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _LEAST = np.float32(-87.0)
@@ -65,8 +67,12 @@ def _truncated(context: Any, value: Any) -> Any:
 
 @numba.njit(inline="always", **OPTIONS)
 def _exp(x):
-    """exp of ``x <= 0``, relative error below 2e-7; 1.6e-38 below -87. The polynomial is that of Cephes' ``expf``."""
-    x = _LEAST if x < _LEAST else x
+    """exp of ``x <= 0``, relative error below 2e-7; zero below -87, where products would be denormal and many times slower.
+
+    The polynomial is that of Cephes' ``expf``.
+    """
+    gone = x < _LEAST
+    x = _LEAST if gone else x
     number = _truncated(x * _LOG2E - np.float32(0.5))
     n = np.float32(number)
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW  # |r| <= ln 2 / 2
@@ -76,12 +82,13 @@ def _exp(x):
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(0.5)
-    return (p * r * r + r + np.float32(1)) * _power_of_two(number)
+    power = (p * r * r + r + np.float32(1)) * _power_of_two(number)
+    return np.float32(0) if gone else power
 
 
 @numba.njit(inline="always", **OPTIONS)
 def _softplus(x):
-    """``log(1 + exp(x))`` and its derivative, the sigmoid; relative errors below 4e-7."""
+    """``log(1 + exp(x))`` and its derivative, the sigmoid; relative errors below 4e-7 above -87, zeros below."""
     e = _exp(-abs(x))
     s = e / (np.float32(2) + e)  # log1p(e) = 2 atanh(s), s <= 1/3
     q = s * s
@@ -191,7 +198,7 @@ def scan(u, delta, A, B, C, bias, begin, first, last, y):
 
 @numba.njit(**OPTIONS)
 def _block(length, states, channels):
-    """Channels worked on together, whole vectors of them."""
+    """Channels worked on together: all, or a multiple of 16."""
     return min(channels, max(32, BLOCK_FLOATS // (length * states + 1) // 16 * 16))
 
 

@@ -79,7 +79,7 @@ def selective_scan(
         by_channel = (t.transpose(1, 2) for t in (u, delta))
         out = fused(*by_channel, A, B.transpose(1, 2), C.transpose(1, 2), D, z.transpose(1, 2), delta_bias, True)
         return out.transpose(1, 2).to(dtype)
-    compiled = compiled_functions(kernel, u, delta, A, B, C, delta_bias)
+    compiled = _compiled(kernel, A, u, delta, B, C, delta_bias)
     if compiled is not None:
         y = compiled.Scan.apply(u, delta, A, B, C, delta_bias, lengths)
     else:
@@ -129,7 +129,7 @@ def last_state(
     kernel: ScanKernel = "auto",
 ) -> Tensor:
     """``h_L``, ``[B, channels, states]``; arguments as in `selective_scan`, all of one dtype."""
-    compiled = compiled_functions(kernel, u, delta, A, B, delta_bias)
+    compiled = _compiled(kernel, A, u, delta, B, delta_bias)
     function = LastState if compiled is None else compiled.LastState
     return function.apply(u, delta, A, B, delta_bias, lengths).transpose(1, 2)
 
@@ -181,7 +181,7 @@ def compiled_functions(kernel: ScanKernel, *inputs: Tensor) -> Any | None:
 
     Args:
         kernel: ``auto`` uses numba's loops where numba is installed and the inputs can go through them, ``numba`` always,
-            the others never. A dispatch mode, such as a counter of operations, sees the form in PyTorch.
+            the others never. Under a dispatch mode, such as a counter of operations, it is None.
         inputs: what is to be scanned; none checks the choice before there is a batch.
 
     Raises:
@@ -193,17 +193,23 @@ def compiled_functions(kernel: ScanKernel, *inputs: Tensor) -> Any | None:
     where = "" if other is None else f"{other.dtype} on {other.device}"
     functions, fault = _numba() if other is None else (None, where)
     if kernel == "numba" and functions is None:
-        fix = "or set scan_kernel: auto"
         if other is not None:
-            raise ConfigError(f"scan_kernel: numba scans float32 on a CPU, not {where}; {fix}")
+            raise ConfigError(f"scan_kernel: numba scans float32 on a CPU, not {where}; set scan_kernel: auto")
         raise ConfigError(
-            f"scan_kernel: numba needs numba ({fault}); install the extra (pip install 'longctr-mos[numba]'), {fix}"
+            f"scan_kernel: numba needs numba ({fault}); "
+            "install the extra (pip install 'longctr-mos[numba]'), or set scan_kernel: auto"
         )
     if _len_torch_dispatch_stack():  # something counts or traces torch's operators: there must be some
         return None
     if inputs and not inputs[0].is_cuda:
         _log_kernel("loops compiled by numba" if functions is not None else f"PyTorch ({fault})")
     return functions
+
+
+def _compiled(kernel: ScanKernel, A: Tensor, *inputs: Tensor) -> Any | None:
+    """`compiled_functions` for a scan that decays, whose exponents alone numba's loops can take."""
+    functions = compiled_functions(kernel, A, *inputs)
+    return None if functions is not None and bool((A > 0).any()) else functions
 
 
 @cache
