@@ -260,23 +260,29 @@ def scan_gradients(u, delta, A, B, C, bias, begin, first, last, grad, du, ddelta
             dA[:, left : left + width] += da[:, :width]
 
 
+@numba.njit(**OPTIONS)
+def _sum_taps(u, mask, weight, bias, row, t, total):
+    """``total [channels]``, the convolution at one position before SiLU."""
+    for c in range(len(total)):
+        total[c] = bias[c]
+    for tap in range(len(weight)):
+        at = t - len(weight) + 1 + tap
+        if at >= 0 and mask[row, at]:
+            for c in range(len(total)):
+                total[c] += weight[tap, c] * u[row, at, c]
+
+
 @_kernel
 def convolve(u, mask, weight, bias, first, last, out):
     """``SiLU(b + sum_j W_j u_{t-K+1+j})`` where ``mask [b, L]``, zeros elsewhere; ``weight [K, channels]``."""
-    length, channels, taps = u.shape[1], u.shape[2], len(weight)
+    length, channels = u.shape[1], u.shape[2]
     total = np.empty(channels, np.float32)
     for row in range(first, last):
         for t in range(length):
             if not mask[row, t]:
                 out[row, t] = 0
                 continue
-            for c in range(channels):
-                total[c] = bias[c]
-            for tap in range(taps):
-                at = t - taps + 1 + tap
-                if at >= 0 and mask[row, at]:
-                    for c in range(channels):
-                        total[c] += weight[tap, c] * u[row, at, c]
+            _sum_taps(u, mask, weight, bias, row, t, total)
             for c in range(channels):
                 out[row, t, c] = total[c] * _sigmoid(total[c])
 
@@ -291,13 +297,7 @@ def convolve_gradients(u, mask, weight, bias, first, last, grad, du, dweight, db
         for t in range(length):
             if not mask[row, t]:
                 continue
-            for c in range(channels):
-                total[c] = bias[c]
-            for tap in range(taps):
-                at = t - taps + 1 + tap
-                if at >= 0 and mask[row, at]:
-                    for c in range(channels):
-                        total[c] += weight[tap, c] * u[row, at, c]
+            _sum_taps(u, mask, weight, bias, row, t, total)
             for c in range(channels):
                 gate = _sigmoid(total[c])
                 slant = gate * (np.float32(1) + total[c] * (np.float32(1) - gate)) * grad[row, t, c]
