@@ -117,16 +117,19 @@ def write_yaml(path: str, value: Any) -> None:
     write_whole(path, yaml.safe_dump(value, sort_keys=True, allow_unicode=True, default_flow_style=None))
 
 
+def installed_version(package: str) -> str | None:
+    """The version of a package, None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def environment(root: str) -> dict[str, Any]:
     """Versions, git commit and hardware."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    installed = {package: found for package in PACKAGES if (found := installed_version(package)) is not None}
     return {
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **installed},
         "git_commit": git_commit(root),
         "hardware": {
             "machine": platform.machine(),

@@ -7,7 +7,6 @@ import os
 import re
 from dataclasses import dataclass
 from glob import escape, glob
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import yaml
 from model_zoo.compat import FUXICTR_VERSION
 from model_zoo.errors import ConfigError, DataError
 from model_zoo.experiment.config import Config
-from model_zoo.experiment.record import read_record
+from model_zoo.experiment.record import installed_version, read_record
 from model_zoo.resume import read_state_file
 
 logger = logging.getLogger("model_zoo")
@@ -116,16 +115,9 @@ def identity(fingerprint: dict[str, str]) -> dict[str, Any]:
         "data": fingerprint,
         "torch": torch.__version__,
         "fuxictr": FUXICTR_VERSION,
-        "numba": _version("numba"),
+        "numba": installed_version("numba") or "not installed",
         "threads": torch.get_num_threads(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def saved_state(run: Run, now: dict[str, Any]) -> dict[str, Any] | None:
